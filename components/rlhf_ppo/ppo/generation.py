@@ -1,0 +1,186 @@
+"""Sampling responses, with the log-probabilities and values that the policy had while it sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ppo.errors import InputError
+from rlhf_ppo.ppo.models import ValueHead, accepts, evaluating, head_input
+from rlhf_ppo.ppo.tensors import length_mask
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled. A response ends with the first end token, which belongs to it."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    do_sample: bool = True
+
+    @classmethod
+    def for_model(cls, model: nn.Module, max_new_tokens: int, temperature: float = 1.0) -> Sampling:
+        """Sampling that ends where the model's generation config says that a text ends."""
+        config = model.generation_config
+        eos = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
+        eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return cls(max_new_tokens, temperature, eos_ids, config.pad_token_id or 0)
+
+
+@dataclass
+class Generated:
+    """Responses and, per response token, log-probability and (with a value head) value; 1-D rows."""
+
+    responses: list[Tensor] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    queries: Sequence[Tensor],
+    sampling: Sampling,
+    generator: torch.Generator,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+    value_head: ValueHead | None = None,
+    prompt_length: int | None = None,
+) -> Generated:
+    """Sample one response to each of the 1-D ``queries``, in the order given.
+
+    Log-probabilities are those of the tempered policy, before top_k and top_p. Dropout is off. ``progress`` is told how
+    many responses are done. ``prompt_length`` pads all prompts to that length.
+    """
+    done = Generated()
+    with evaluating(model):
+        for start in range(0, len(queries), batch_size):
+            chunk = list(queries[start : start + batch_size])
+            part = _Decoding(model, chunk, sampling, generator, value_head, prompt_length).run()
+            done.responses += part.responses
+            done.logprobs += part.logprobs
+            done.values += part.values
+            if progress is not None:
+                progress(len(done.responses))
+    return done
+
+
+class _Decoding:
+    """One batch on its way: rows that have ended leave it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        queries: list[Tensor],
+        sampling: Sampling,
+        generator: torch.Generator,
+        value_head: ValueHead | None,
+        prompt_length: int | None,
+    ) -> None:
+        self.model, self.sampling, self.generator, self.value_head = model, sampling, generator, value_head
+        lengths = [len(query) for query in queries]
+        width = prompt_length or max(lengths)
+        if max(lengths) > width:
+            raise InputError(f"pad_max_input_len={width} is less than a prompt of {max(lengths)} tokens; none is cut")
+        device = queries[0].device
+        # Left padding: the last column of every row is the newest token.
+        self.input_ids = torch.full((len(queries), width), sampling.pad_token_id, device=device)
+        for row, query in zip(self.input_ids, queries, strict=True):
+            row[width - len(query) :] = query
+        ragged = min(lengths) < width
+        self.mask = length_mask(lengths, device, width).flip(1).long() if ragged else None
+        self.positions = torch.tensor(lengths, device=device) - 1
+        self.rows = torch.arange(len(queries), device=device)
+        shape = (len(queries), sampling.max_new_tokens)
+        self.tokens = torch.full(shape, sampling.pad_token_id, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.lengths = torch.full((len(queries),), sampling.max_new_tokens, device=device)
+        self.cache: Any = None
+
+    def run(self) -> Generated:
+        ends = torch.tensor(self.sampling.eos_token_ids, device=self.rows.device)
+        for step in range(self.sampling.max_new_tokens):
+            logits, hidden = self._forward()
+            tokens, logprobs = _choose(logits, self.sampling, self.generator)
+            self.tokens[self.rows, step] = tokens
+            self.logprobs[self.rows, step] = logprobs
+            if self.value_head is not None:
+                self.values[self.rows, step] = self.value_head(hidden)
+            ended = torch.isin(tokens, ends)
+            self.lengths[self.rows[ended]] = self.lengths[self.rows[ended]].clamp(max=step + 1)
+            if not self._advance(tokens, ended):
+                break
+        lengths = self.lengths.tolist()
+
+        def rows(table: Tensor) -> list[Tensor]:
+            return [row[:length].clone() for row, length in zip(table, lengths, strict=True)]
+
+        return Generated(rows(self.tokens), rows(self.logprobs), rows(self.values) if self.value_head else [])
+
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        arguments: dict[str, Any] = {"input_ids": self.input_ids, "past_key_values": self.cache, "use_cache": True}
+        if self.mask is not None:
+            arguments["attention_mask"] = self.mask
+            if accepts(self.model, "position_ids"):
+                first = self.cache is None
+                arguments["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0) if first else self.positions[:, None]
+        with head_input(self.model, lambda hidden: hidden[:, -1]) as chosen:
+            output = self.model(**arguments)
+        self.cache = output.past_key_values
+        return output.logits[0].float(), chosen[0]
+
+    def _advance(self, tokens: Tensor, ended: Tensor) -> bool:
+        """Make ``tokens`` the next input, without the rows that have ended; false where none is left."""
+        active = self.lengths[self.rows] == self.sampling.max_new_tokens
+        remaining = int(active.sum())
+        if remaining == 0:
+            return False
+        self.positions = self.positions + 1
+        # Leaving costs a copy of the cache, so rows leave in groups; until then they go on unread.
+        if remaining <= 0.75 * len(self.rows) and hasattr(self.cache, "batch_select_indices"):
+            keep = active.nonzero().squeeze(1)
+            self.cache.batch_select_indices(keep)
+            self.rows, self.positions, tokens = self.rows[keep], self.positions[keep], tokens[keep]
+            self.mask = None if self.mask is None else self.mask[keep]
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        self.input_ids = tokens[:, None]
+        return True
+
+
+def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The next token (batch,) and its log-probability under the tempered policy, from logits (batch, vocabulary)."""
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
+    logsumexp = torch.logsumexp(logits, -1, keepdim=True)
+    if not sampling.do_sample:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        probs = torch.exp(_restricted(logits, sampling) - logsumexp)
+        cumulative = probs.cumsum(-1, dtype=torch.float64)
+        drawn = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64, device=generator.device)
+        threshold = drawn.to(cumulative.device) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
+    return tokens.squeeze(1), (logits.gather(-1, tokens) - logsumexp).squeeze(1)
+
+
+def _restricted(logits: Tensor, sampling: Sampling) -> Tensor:
+    """``logits`` with -inf for what top_k and top_p leave out."""
+    if sampling.top_k > 0:
+        smallest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if sampling.top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        left_out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
+        logits = logits.masked_fill(left_out, -torch.inf)
+    return logits

@@ -1,0 +1,79 @@
+"""The coefficient of the KL penalty, and the running moments of the scores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.ppo.tensors import Reduce
+
+
+@dataclass
+class KLController:
+    """The KL coefficient, adapted so that the KL of a response approaches ``target`` (nats).
+
+    Ziegler et al. 2019, section 2.2: e = clip(KL / target - 1, ±0.2); β ← β (1 + e n / horizon). With ``adaptive``
+    false, β is constant.
+    """
+
+    value: float
+    target: float
+    horizon: float
+    adaptive: bool = True
+
+    def update(self, kl: float, samples: int) -> None:
+        """Take in the mean KL of ``samples`` responses (of all processes)."""
+        if self.adaptive and math.isfinite(kl):
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * samples / self.horizon
+
+
+@dataclass
+class RunningMoments:
+    """Mean and variance of all scores so far (Chan et al. 1979), over all processes."""
+
+    mean: float = 0.0
+    var: float = 1.0
+    count: float = 1e-24
+
+    @property
+    def std(self) -> float:
+        """Unbiased standard deviation of what was seen; 1 before two values were."""
+        return math.sqrt(self.var * self.count / (self.count - 1)) if self.count > 1 else 1.0
+
+    def update(self, scores: Tensor, reduce: Reduce | None = None) -> None:
+        """Take in ``scores`` (batch,)."""
+        scores = scores.double()
+        sums = torch.stack([scores.sum(), (scores**2).sum(), torch.tensor(float(len(scores)), dtype=torch.float64)])
+        if reduce is not None:
+            sums = reduce(sums)
+        total, squares, count = sums.tolist()
+        mean = total / count
+        var = max(squares / count - mean**2, 0.0)
+        delta, everything = mean - self.mean, self.count + count
+        self.var = (var * count + self.var * self.count + delta**2 * self.count * count / everything) / everything
+        self.mean += delta * count / everything
+        self.count = everything
+
+
+def shape_scores(
+    scores: Tensor,
+    moments: RunningMoments,
+    *,
+    scaling: bool,
+    center: bool,
+    clip: float | None,
+    reduce: Reduce | None = None,
+) -> Tensor:
+    """Scores (batch,) divided by their running standard deviation, centred and clipped, as far as is asked for.
+
+    The batch itself is taken into the moments first, as TRL does.
+    """
+    if scaling:
+        moments.update(scores, reduce)
+        shift = moments.mean if center else 0.0
+        scores = (scores - shift) / (moments.std + torch.finfo(scores.dtype).eps)
+    return scores if clip is None else scores.clamp(-clip, clip)

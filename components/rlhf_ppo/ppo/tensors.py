@@ -1,0 +1,103 @@
+"""Masked arithmetic and log-probabilities. A mask is true where the token counts.
+
+Masked-out entries never enter a result, not even as inf or nan: they are replaced, not multiplied by zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all training processes."""
+
+
+def pad_rows(rows: Sequence[Tensor], value: float = 0, length: int | None = None) -> Tensor:
+    """Stack 1-D ``rows`` into (batch, longest row, or ``length``), padded on the right with ``value``."""
+    stacked = pad_sequence(list(rows), batch_first=True, padding_value=value)
+    return stacked if length is None else pad(stacked, (0, length - stacked.shape[1]), value=value)
+
+
+def length_mask(lengths: Sequence[int], device: torch.device | None = None, width: int | None = None) -> Tensor:
+    """(batch, longest) booleans, true in the first ``lengths[i]`` places of row i."""
+    columns = torch.arange(max(lengths) if width is None else width, device=device)
+    return columns < torch.tensor(lengths, device=device)[:, None]
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of ``values`` where ``mask`` is true."""
+    return torch.where(mask, values, 0).sum()
+
+
+def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """Mean of ``values`` where ``mask`` is true; 0 where nothing is."""
+    total, count = masked_sum(values, mask), mask.sum()
+    if reduce is not None:
+        total, count = reduce(total), reduce(count)
+    return total / count.clamp(min=1)
+
+
+def masked_var(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+    """Unbiased variance of ``values`` where ``mask`` is true; 0 for fewer than two values.
+
+    TRL's is nan for one value.
+    """
+    mean = masked_mean(values, mask, reduce)
+    squares, count = masked_sum((values - mean) ** 2, mask), mask.sum()
+    if reduce is not None:
+        squares, count = reduce(squares), reduce(count)
+    return squares / (count - 1).clamp(min=1)
+
+
+def whiten(values: Tensor, mask: Tensor, *, center: bool = True, reduce: Reduce | None = None) -> Tensor:
+    """Scale ``values`` to variance 1, and with ``center`` to mean 0, over the masked entries of all processes.
+
+    Masked-out entries come back as 0, so that padding can't leak into what follows (TRL's leak).
+    """
+    mean, var = masked_mean(values, mask, reduce), masked_var(values, mask, reduce)
+    scaled = (values - mean) * torch.rsqrt(var + 1e-8)
+    return torch.where(mask, scaled if center else scaled + mean, 0)
+
+
+class _LogprobAndEntropy(torch.autograd.Function):
+    """One buffer of the size of the logits, from which value, entropy and gradient all come."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logsumexp = torch.logsumexp(logits, -1)
+        logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logsumexp
+        probs = torch.exp(logits - logsumexp[:, None])
+        # entropy = logsumexp - E[logits]; entries of -inf have probability 0 and count nothing
+        expected = torch.einsum("nv,nv->n", probs, logits.clamp(min=torch.finfo(logits.dtype).min))
+        entropy = logsumexp - expected
+        ctx.save_for_backward(probs, tokens)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        probs, tokens = ctx.saved_tensors
+        grad_logits = probs.mul_(-gradient[:, None])
+        grad_logits.scatter_add_(-1, tokens[:, None], gradient[:, None])
+        return grad_logits, None
+
+
+def logprob_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each of ``tokens`` (n,), differentiable, and entropy in nats, not; both (n,) in fp32.
+
+    ``logits`` is (n, vocabulary). The backward pass may run once.
+    """
+    logprobs, entropy = _LogprobAndEntropy.apply(logits.float(), tokens)
+    return logprobs, entropy
+
+
+@torch.no_grad()
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each of ``tokens`` (n,) under ``logits`` (n, vocabulary), in fp32."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)

@@ -1,0 +1,121 @@
+"""The parameters of the steps around PPO, in groups named by their prefix, and the run's settings as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_ppo.fields import Checked, declare
+
+
+@dataclass(frozen=True)
+class ModelSettings(Checked):
+    """How the model named by ``model_name`` is loaded and adapted."""
+
+    model_revision: str = declare("", "Hub revision of model_name: a commit, tag or branch; empty for the latest.")
+    model_dtype: str = declare(
+        "float32", "Number format of the policy's weights.", choices=("float32", "bfloat16", "float16")
+    )
+    model_lora_r: int = declare(0, "Rank of LoRA adapters; 0 trains all weights.", minimum=0)
+    model_lora_alpha: int = declare(32, "Scale of LoRA adapters: their output counts alpha / r times.", minimum=1)
+    model_lora_dropout: float = declare(0.0, "Dropout inside LoRA adapters.", minimum=0, maximum=1)
+    model_lora_target_modules: str = declare(
+        "all-linear", "Layers that get LoRA adapters: all-linear, or names separated by commas."
+    )
+
+
+@dataclass(frozen=True)
+class DataSettings(Checked):
+    """How prompts are made from the data named by ``query_dataset``."""
+
+    data_revision: str = declare("", "Hub revision of query_dataset: a commit, tag or branch; empty for the latest.")
+    data_config: str = declare("", "Configuration (subset) of a hub dataset; empty for its default.")
+    data_split: str = declare("train", "Split of a hub dataset or a saved dataset.")
+    data_prompt_column: str = declare("prompt", "Column that holds the prompt: a text, or chat messages.")
+    data_chat_template: bool = declare(False, "Put the prompt through the model's chat template, as the user's turn.")
+    data_system_prompt: str = declare("", "With data_chat_template: the system's turn before the prompt.")
+    data_max_prompt_tokens: int = declare(
+        512, "Longer prompts are left out (and counted), never cut.", unit="tokens", minimum=1
+    )
+    data_eval_fraction: float = declare(
+        0.1, "Share of the prompts held out for evaluation, chosen by a hash of the prompt.", above=0, maximum=0.9
+    )
+    data_max_prompts: int = declare(0, "Use only the first n distinct prompts; 0 uses all.", minimum=0)
+
+    def relations(self) -> list[str]:
+        """The problems that concern more than one field."""
+        if self.data_system_prompt and not self.data_chat_template:
+            return [
+                f"data_system_prompt={self.data_system_prompt!r} has no effect without data_chat_template=True: "
+                "set both, or neither"
+            ]
+        return []
+
+
+@dataclass(frozen=True)
+class RewardSettings(Checked):
+    """How the reward named by ``reward_model`` is computed."""
+
+    reward_revision: str = declare("", "Hub revision of reward_model: a commit, tag or branch; empty for the latest.")
+    reward_batch_size: int = declare(16, "Texts scored at once by a reward model.", minimum=1)
+    reward_max_tokens: int = declare(
+        512,
+        "Longest text, prompt and response, that a reward model reads; the prompt's start is cut.",
+        unit="tokens",
+        minimum=1,
+    )
+
+
+@dataclass(frozen=True)
+class RolloutSettings(Checked):
+    """How responses are sampled, in training and in evaluation."""
+
+    rollout_max_new_tokens: int = declare(64, "Longest response.", unit="tokens", minimum=1)
+    rollout_temperature: float = declare(
+        1.0, "Temperature of sampling; log-probabilities are those of the tempered policy.", above=0
+    )
+    rollout_batch_size: int = declare(64, "Responses sampled at once.", minimum=1)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(Checked):
+    """How the policy is compared with the reference on held-out prompts."""
+
+    eval_max_prompts: int = declare(256, "Held-out prompts used.", minimum=1)
+    eval_samples_per_prompt: int = declare(1, "Responses sampled for each prompt.", minimum=1)
+    eval_seed: int = declare(1234, "Seed of sampling in evaluation; the same for policy and reference.", minimum=0)
+
+
+@dataclass(frozen=True)
+class GateSettings(Checked):
+    """What the policy must show before it is pushed."""
+
+    gate_min_score_gain: float = declare(
+        0.0, "The lower end of the 95 % interval of the score's gain must exceed this.", unit="score"
+    )
+    gate_max_kl: float = declare(
+        25.0,
+        "The upper end of the 95 % interval of the KL to the reference must stay below this.",
+        unit="nats per response",
+        above=0,
+    )
+    gate_min_distinct2: float = declare(
+        0.7, "Share of the reference's distinct-2 that the policy must keep.", minimum=0, maximum=1
+    )
+    gate_min_prompts: int = declare(50, "Fewest held-out prompts that a verdict may rest on.", minimum=2)
+
+
+@dataclass(frozen=True)
+class HubSettings(Checked):
+    """Where the policy is pushed."""
+
+    hub_repo_id: str = declare("", "Repository on the hub, e.g. me/my-model; empty pushes nothing.")
+    hub_private: bool = declare(True, "Create the repository as private.")
+
+
+@dataclass(frozen=True)
+class TrackingSettings(Checked):
+    """Where runs are tracked."""
+
+    mlflow_tracking_uri: str = declare(
+        "", "MLflow server or store; empty takes MLFLOW_TRACKING_URI, and locally SQLite in the run's directory."
+    )
