@@ -1,0 +1,319 @@
+"""The trainer's promises, on tiny models."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import gemma2, gpt2, llama, neox, queries, qwen2, word_tokenizer
+from torch import Tensor, nn
+
+from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.errors import InputError
+from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
+from rlhf_ppo.ppo.generation import sample
+from rlhf_ppo.ppo.models import Sequences, response_logits
+from rlhf_ppo.ppo.rollout import batches_by_length, response_logprobs, score_with_policy
+
+ARCHITECTURES = [llama, gpt2, gemma2, neox, qwen2]
+SAMPLING = Sampling(12, eos_token_ids=(2,))
+
+
+def settings(**changes: Any) -> PPOConfig:
+    small = {"batch_size": 8, "mini_batch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-3, "steps": 8}
+    return PPOConfig(**{**small, **changes})
+
+
+def trainer(model: nn.Module | None = None, reference: nn.Module | None = None, **changes: Any) -> PPOTrainer:
+    policy = PolicyWithValueHead(model or llama(0))
+    torch.manual_seed(5)
+    nn.init.normal_(policy.v_head.summary.weight, std=0.2)
+    return PPOTrainer(settings(**changes), policy, reference or llama(1), word_tokenizer(), sampling=SAMPLING)
+
+
+def weights(trained: PPOTrainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trained.policy.state_dict().items()}
+
+
+def largest_difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    return max(float((before[name] - after[name]).abs().max()) for name in before)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_response_positions_reach_the_head_and_give_the_models_own_logits(
+    architecture: Callable[[], nn.Module],
+) -> None:
+    model = architecture()
+    asked, answers = queries(3, 5, 2), queries(4, 1, 6, seed=2)
+    logits, hidden = response_logits(model, Sequences.of(asked, answers))
+    assert logits.shape[0] == hidden.shape[0] == 11
+    expected = []
+    for query, answer in zip(asked, answers, strict=True):
+        row = model(input_ids=torch.cat([query, answer])[None]).logits[0]
+        expected.append(row[len(query) - 1 : -1])
+    torch.testing.assert_close(logits, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_rollouts_logprobs_and_values_are_those_of_a_second_pass(architecture: Callable[[], nn.Module]) -> None:
+    asked = queries(3, 5, 4, 6, 2, 7, 3, 5)
+    trained = trainer(architecture())
+    first = trained.rollout(asked)
+    second = score_with_policy(trained.policy, asked, first.responses)
+    for name in ("logprobs", "values"):
+        for row, again in zip(getattr(first, name), getattr(second, name), strict=True):
+            torch.testing.assert_close(row, again, atol=1e-5, rtol=1e-5)
+    assert len({len(response) for response in first.responses}) > 1
+
+
+def test_sampled_tokens_have_the_models_probabilities() -> None:
+    model = llama()
+    query = queries(3)[0]
+    drawn = sample(model, [query] * 4000, Sampling(1), torch.Generator().manual_seed(0), batch_size=4000)
+    counted = torch.bincount(torch.cat(drawn.responses), minlength=64) / 4000
+    expected = model(input_ids=query[None]).logits[0, -1].softmax(-1).detach()
+    assert float((counted - expected).abs().max()) < 4 * math.sqrt(0.05 * 0.95 / 4000)
+
+
+def test_a_response_ends_with_the_first_end_token_and_rows_that_leave_disturb_no_other() -> None:
+    asked = queries(3, 5, 4, 6, 2, 7, 3, 5)
+    ends = tuple(range(2, 12))
+    found = sample(llama(), asked, Sampling(12, eos_token_ids=ends), torch.Generator().manual_seed(3))
+    assert any(len(response) < 12 for response in found.responses)
+    for query, response, logprobs in zip(asked, found.responses, found.logprobs, strict=True):
+        assert not set(response[:-1].tolist()) & set(ends)
+        again = response_logprobs(llama(), [query], [response])[0]
+        torch.testing.assert_close(logprobs, again, atol=1e-5, rtol=1e-5)
+
+
+def test_an_end_token_inside_the_prompt_ends_nothing() -> None:
+    query = torch.tensor([5, 2, 7])
+    found = sample(llama(), [query], Sampling(6), torch.Generator().manual_seed(0))
+    assert len(found.responses[0]) == 6
+
+
+def test_logprobs_are_those_of_the_tempered_policy() -> None:
+    asked, sampling = queries(4), Sampling(8, temperature=0.5)
+    found = sample(llama(), asked, sampling, torch.Generator().manual_seed(0))
+    again = response_logprobs(llama(), asked, found.responses, temperature=0.5)
+    torch.testing.assert_close(found.logprobs[0], again[0], atol=1e-5, rtol=1e-5)
+
+
+def test_top_k_and_top_p_restrict_what_is_drawn() -> None:
+    model, query = llama(), queries(3)[0]
+    order = model(input_ids=query[None]).logits[0, -1].argsort(descending=True)
+    for sampling in (Sampling(1, top_k=3), Sampling(1, top_p=0.05)):
+        drawn = sample(model, [query] * 200, sampling, torch.Generator().manual_seed(0), batch_size=200)
+        assert set(torch.cat(drawn.responses).tolist()) <= set(order[:3].tolist())
+    greedy = sample(model, [query], Sampling(1, do_sample=False), torch.Generator())
+    assert greedy.responses[0].tolist() == [int(order[0])]
+
+
+def test_rollouts_have_no_dropout_and_leave_the_mode_as_it_was() -> None:
+    model = gpt2(dropout=0.5).train()
+    asked = queries(3, 4)
+    first, second = (
+        sample(model, asked, Sampling(6, do_sample=False), torch.Generator()).logprobs for _ in range(2)
+    )
+    torch.testing.assert_close(first, second)
+    assert model.training
+
+
+def test_step_and_update_from_the_rollout_give_the_same_weights() -> None:
+    asked, scores = queries(3, 5, 4, 6, 2, 7, 3, 5), [0.5, -1, 2, 0.1, 0, 1, -0.5, 3]
+    results = []
+    for with_rollout in (True, False):
+        trained = trainer()
+        rollout = trained.rollout(asked)
+        stats = trained.update(rollout, scores) if with_rollout else trained.step(asked, rollout.responses, scores)
+        results.append((weights(trained), stats))
+    assert largest_difference(results[0][0], results[1][0]) < 1e-5
+    assert results[0][1]["objective/kl"] == pytest.approx(results[1][1]["objective/kl"], abs=1e-4)
+
+
+def test_the_order_of_the_batch_changes_no_statistic() -> None:
+    asked, scores = queries(3, 5, 4, 6, 2, 7, 3, 5), [0.5, -1, 2, 0.1, 0, 1, -0.5, 3]
+    answers = trainer().generate(asked)
+    order = [5, 2, 7, 0, 3, 6, 1, 4]
+    results = []
+    for rows in (list(range(8)), order):
+        trained = trainer(mini_batch_size=8, ppo_epochs=1)
+        stats = trained.step([asked[r] for r in rows], [answers[r] for r in rows], [scores[r] for r in rows])
+        results.append((weights(trained), stats))
+    assert largest_difference(results[0][0], results[1][0]) < 1e-5
+    for name, value in results[0][1].items():
+        if not name.startswith("time/"):
+            assert results[1][1][name] == pytest.approx(value, abs=1e-4), name
+
+
+def test_fixed_shapes_give_the_same_numbers() -> None:
+    asked, scores = queries(3, 5, 4, 6, 2, 7, 3, 5), [0.5, -1, 2, 0.1, 0, 1, -0.5, 3]
+    results = []
+    for shapes in ({}, {"pad_for_acceleration": True, "pad_max_input_len": 10, "pad_max_len": 30}):
+        trained = trainer(**shapes)
+        rollout = trained.rollout(asked)
+        trained.update(rollout, scores)
+        results.append((rollout.responses, weights(trained)))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+    assert largest_difference(results[0][1], results[1][1]) < 1e-5
+
+
+def test_what_does_not_fit_the_fixed_shapes_is_refused_rather_than_cropped() -> None:
+    trained = trainer(pad_for_acceleration=True, pad_max_input_len=4, pad_max_len=10)
+    with pytest.raises(InputError, match="pad_max_input_len=4"):
+        trained.rollout(queries(5))
+    with pytest.raises(InputError, match="pad_max_len=10"):
+        trained.step(queries(*[4] * 8), queries(*[7] * 8), [0.0] * 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "optimizer_steps"),
+    [({}, 4), ({"mini_batch_size": 2, "gradient_accumulation_steps": 2}, 4), ({"mini_batch_size": 1}, 16)],
+)
+def test_the_optimizer_steps_once_for_every_accumulated_minibatch(
+    changes: dict[str, int], optimizer_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, steps = trainer(**changes), []
+    step = trained.optimizer.step
+    monkeypatch.setattr(trained.optimizer, "step", lambda: (steps.append(1), step()))
+    trained.update(trained.rollout(queries(*[4] * 8)), [float(row) for row in range(8)])
+    assert len(steps) == optimizer_steps
+
+
+def test_gradients_are_clipped_on_every_step_unlike_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, norms = trainer(max_grad_norm=0.01), []
+    step = trained.optimizer.step
+
+    def record() -> None:
+        norms.append(float(nn.utils.get_total_norm([p.grad for p in trained.policy.parameters()])))  # type: ignore[misc]
+        step()
+
+    monkeypatch.setattr(trained.optimizer, "step", record)
+    trained.update(trained.rollout(queries(*[4] * 8)), [float(row) for row in range(8)])
+    assert len(norms) == 4
+    assert all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
+
+
+def test_a_skipped_minibatch_moves_nothing_unlike_trl() -> None:
+    trained = trainer()
+    rollout = trained.rollout(queries(*[4] * 8))
+    trained.update(rollout, [1.0] * 8)  # Adam now has momentum, with which TRL's skipped steps still move
+    before = weights(trained)
+    bad = copy.copy(rollout)
+    object.__setattr__(bad, "logprobs", [row - 50 for row in rollout.logprobs])
+    stats = trained.update(bad, [1.0] * 8)
+    assert stats["ppo/policy/skipped_minibatches"] == 4
+    assert largest_difference(before, weights(trained)) == 0
+
+
+def test_early_stopping_ends_after_the_pass_that_went_too_far() -> None:
+    for target_kl, minibatches in ((1e-9, 2), (1e9, 8)):
+        trained = trainer(early_stopping=True, target_kl=target_kl, ppo_epochs=4)
+        stats = trained.update(trained.rollout(queries(*[4] * 8)), [float(row) for row in range(8)])
+        assert stats["ppo/policy/minibatches"] == minibatches
+
+
+def test_empty_responses_are_allowed_unlike_trl() -> None:
+    answers = queries(*[4] * 7) + [torch.empty(0, dtype=torch.long)]
+    stats = trainer(mini_batch_size=1).step(queries(*[4] * 8), answers, [1.0] * 8)
+    assert all(math.isfinite(value) for value in stats.values())
+
+
+def test_one_token_responses_give_finite_statistics_unlike_trl() -> None:
+    stats = trainer(mini_batch_size=1).step(queries(*[4] * 8), queries(*[1] * 8, seed=3), [1.0] * 8)
+    assert all(math.isfinite(value) for value in stats.values())
+
+
+def with_adapters(model: nn.Module) -> Any:
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def test_with_adapters_the_reference_is_the_policy_without_them_and_only_they_are_trained() -> None:
+    model = with_adapters(llama(0))
+    policy = PolicyWithValueHead(model)
+    trained = PPOTrainer(settings(learning_rate=1e-2), policy, None, word_tokenizer(), sampling=SAMPLING)
+    assert trained.config.is_peft_model
+    before = weights(trained)
+    asked = queries(*[4] * 8)
+    first = trained.update(trained.rollout(asked), [float(row) for row in range(8)])
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-4)
+    moved = {name for name, value in weights(trained).items() if not torch.equal(value, before[name])}
+    assert moved and all("lora_" in name or "v_head" in name for name in moved)
+    rollout = trained.rollout(asked)
+    reference_rows, _ = trained._reference_logprobs(rollout)
+    plain = response_logprobs(llama(0), asked, rollout.responses)
+    for row, expected in zip(reference_rows, plain, strict=True):
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
+    assert trained.update(rollout, [0.0] * 8)["objective/kl"] != pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["kl", "abs", "mse", "full"])
+def test_every_kl_penalty_keeps_objective_kl_as_it_is(kind: str) -> None:
+    trained = trainer(kl_penalty=kind)
+    rollout = trained.rollout(queries(*[4] * 8))
+    stats = trained.update(rollout, [0.0] * 8)
+    reference = response_logprobs(llama(1), rollout.queries, rollout.responses)
+    expected = sum(float((a - b).sum()) for a, b in zip(rollout.logprobs, reference, strict=True)) / 8
+    assert stats["objective/kl"] == pytest.approx(expected, abs=1e-4)
+    if kind != "kl":
+        assert stats["ppo/mean_non_score_reward"] < 0
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not() -> None:
+    def final(seed: int) -> dict[str, Tensor]:
+        trained = trainer(seed=seed)
+        trained.update(trained.rollout(queries(*[4] * 8)), [float(row) for row in range(8)])
+        return weights(trained)
+
+    assert largest_difference(final(0), final(0)) == 0
+    assert largest_difference(final(0), final(1)) > 0
+
+
+def test_step_refuses_what_is_not_a_batch() -> None:
+    with pytest.raises(InputError, match="batch_size=8"):
+        trainer().step(queries(3), queries(2), [1.0])
+
+
+def test_habana_without_a_gaudi_is_an_error_with_the_remedy() -> None:
+    with pytest.raises(InputError, match="use_habana=True.*habana_frameworks"):
+        trainer(use_habana=True)
+
+
+def test_a_plain_policy_needs_a_reference() -> None:
+    with pytest.raises(InputError, match="reference=None"):
+        PPOTrainer(settings(), PolicyWithValueHead(llama()), None, word_tokenizer())
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"prompt {row}", query) for row, query in enumerate(queries(*[4] * count))]
+
+
+def wants_high_tokens(_: list[str], responses: list[str]) -> list[float]:
+    return [sum(int(word[1:]) > 33 for word in response.split() if word[1:].isdigit()) / 12 for response in responses]
+
+
+def test_training_raises_the_score_and_the_kl() -> None:
+    trained = trainer(llama(0), llama(0), learning_rate=1e-2, steps=240, init_kl_coef=0.02)
+    reports: list[dict[str, Any]] = []
+    train(trained, prompts(40), wants_high_tokens, on_step=lambda report: reports.append(report.stats))
+    assert len(reports) == 30
+    assert reports[-1]["env/reward_mean"] > reports[0]["env/reward_mean"] + 0.2
+    assert abs(reports[0]["objective/kl"]) < 1e-3 < reports[-1]["objective/kl"]
+
+
+def test_too_few_prompts_are_refused_before_anything_is_sampled() -> None:
+    with pytest.raises(InputError, match="batch_size=8.*but there are 7"):
+        train(trainer(), prompts(7), wants_high_tokens)
+
+
+def test_rows_are_batched_by_length_within_the_budget() -> None:
+    lengths = [3, 9, 4, 10, 2, 8]
+    batches = list(batches_by_length(lengths, 20))
+    assert sorted(row for batch in batches for row in batch) == list(range(6))
+    assert all(len(batch) * max(lengths[row] for row in batch) <= 20 for batch in batches)
+    assert list(batches_by_length([30], 20)) == [[0]]
