@@ -211,6 +211,74 @@ def test_a_skipped_minibatch_moves_nothing_unlike_trl() -> None:
     assert largest_difference(before, weights(trained)) == 0
 
 
+def gradients(trained: PPOTrainer) -> dict[str, Tensor]:
+    return {name: value.grad.clone() for name, value in trained.policy.named_parameters() if value.grad is not None}
+
+
+def test_accumulated_gradients_are_the_mean_over_minibatches_and_a_skipped_one_adds_nothing() -> None:
+    found = {}
+    for case, rows, spoiled in (("both", range(8), ()), ("one", range(4), ()), ("spoiled", range(8), range(4, 8))):
+        trained = trainer(gradient_accumulation_steps=2 if case != "one" else 1, mini_batch_size=4, batch_size=8)
+        rollout = trained.rollout(queries(*[4] * 8))
+        experience = trained._experience(rollout, torch.arange(8.0), rollout.logprobs, None)
+        for row in spoiled:
+            experience.logprobs[row] -= 50
+        _, used = trained._accumulate(experience, list(rows))
+        assert used == (1 if case != "both" else 2)
+        found[case] = gradients(trained)
+    for name, gradient in found["spoiled"].items():
+        torch.testing.assert_close(gradient, found["one"][name] / 2, atol=1e-6, rtol=1e-4)
+    halves = [gradients_of_rows(list(rows)) for rows in (range(4), range(4, 8))]
+    for name, gradient in found["both"].items():
+        torch.testing.assert_close(gradient, (halves[0][name] + halves[1][name]) / 2, atol=1e-6, rtol=1e-4)
+
+
+def gradients_of_rows(rows: list[int]) -> dict[str, Tensor]:
+    trained = trainer()
+    rollout = trained.rollout(queries(*[4] * 8))
+    trained._accumulate(trained._experience(rollout, torch.arange(8.0), rollout.logprobs, None), rows)
+    return gradients(trained)
+
+
+def test_a_tempered_policy_is_updated_at_its_own_temperature() -> None:
+    trained = trainer()
+    trained.sampling = Sampling(8, temperature=0.5, eos_token_ids=(2,))
+    experience_rollout = trained.rollout(queries(*[4] * 8))
+    again = score_with_policy(trained.policy, experience_rollout.queries, experience_rollout.responses, temperature=0.5)
+    for row, expected in zip(again.logprobs, experience_rollout.logprobs, strict=True):
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
+    object.__setattr__(trained.config, "ppo_epochs", 1)
+    object.__setattr__(trained.config, "mini_batch_size", 8)
+    object.__setattr__(trained.config, "backward_batch_size", 8)
+    stats = trained.update(experience_rollout, [float(row) for row in range(8)])
+    assert stats["ppo/policy/ratio_mean"] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_kl_coefficient_follows_the_kl_of_the_step() -> None:
+    trained = trainer(target=1.0, horizon=80.0, init_kl_coef=0.1)
+    rollout = trained.rollout(queries(*[4] * 8))
+    surer = copy.copy(rollout)
+    object.__setattr__(surer, "logprobs", [row + 1 for row in rollout.logprobs])
+    stats = trained.update(surer, [0.0] * 8)
+    error = min(max(stats["objective/kl"] / 1.0 - 1, -0.2), 0.2)
+    assert stats["objective/kl_coef"] == 0.1
+    assert trained.kl_controller.value == pytest.approx(0.1 * (1 + error * 8 / 80))
+    assert error == 0.2
+
+
+def test_another_seed_samples_other_responses() -> None:
+    first, second = (trainer(seed=seed).generate(queries(4, 4)) for seed in (0, 1))
+    assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_scheduler_advances_once_per_step() -> None:
+    trained = trainer()
+    trained.lr_scheduler = torch.optim.lr_scheduler.StepLR(trained.optimizer, 1, 0.5)
+    rollout = trained.rollout(queries(*[4] * 8))
+    rates = [trained.update(rollout, [0.0] * 8)["ppo/learning_rate"] for _ in range(2)]
+    assert rates == [pytest.approx(1e-3), pytest.approx(5e-4)]
+
+
 def test_early_stopping_ends_after_the_pass_that_went_too_far() -> None:
     for target_kl, minibatches in ((1e-9, 2), (1e9, 8)):
         trained = trainer(early_stopping=True, target_kl=target_kl, ppo_epochs=4)

@@ -26,10 +26,11 @@ def train_ppo(
     import math
     from pathlib import Path
 
-    from rlhf_ppo.ppo_training import train
     from rlhf_ppo.steps import running_step
 
     with running_step("train_ppo"):
+        from rlhf_ppo.ppo_training import train
+
         final = train.train_ppo(
             config, Path(prompts.path), Path(reference.path), Path(policy.path), Path(history.path), run_id
         )

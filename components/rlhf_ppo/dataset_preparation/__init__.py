@@ -1,0 +1,1 @@
+"""The step prepare_dataset."""

@@ -1,0 +1,1 @@
+"""The step push_to_hub."""

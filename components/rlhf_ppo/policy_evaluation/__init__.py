@@ -1,0 +1,1 @@
+"""The steps evaluate_policy and gate."""

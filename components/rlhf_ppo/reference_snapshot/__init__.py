@@ -1,0 +1,1 @@
+"""The step snapshot_reference."""

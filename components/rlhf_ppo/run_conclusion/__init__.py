@@ -1,0 +1,1 @@
+"""The exit handler conclude_run."""

@@ -1,0 +1,1 @@
+"""The pipeline and the ways to start it; kfp, never torch."""

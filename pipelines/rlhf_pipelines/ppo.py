@@ -1,0 +1,176 @@
+"""The pipeline: from prompts and a model to a policy that is pushed if it is better."""
+
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+from rlhf_ppo.config_validation.component import validate_config
+from rlhf_ppo.dataset_preparation.component import prepare_dataset
+from rlhf_ppo.descriptions import documented
+from rlhf_ppo.hub_push.component import push_to_hub
+from rlhf_ppo.policy_evaluation.component import evaluate_policy, gate
+from rlhf_ppo.ppo_training.component import train_ppo
+from rlhf_ppo.reference_snapshot.component import snapshot_reference
+from rlhf_ppo.run_conclusion.component import conclude_run
+
+PIPELINE_NAME = "rlhf-ppo"
+HF_SECRET = "hf-token"
+"""Kubernetes secret, in the namespace of the run, whose key HF_TOKEN opens private repositories; may be absent."""
+
+
+def wire(parameters: dict[str, Any]) -> None:
+    """Make the tasks and their order; ``parameters`` are the pipeline's inputs by name."""
+    run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    conclude = conclude_run(
+        run_id=run_id,
+        mlflow_tracking_uri=parameters["mlflow_tracking_uri"],
+        tracker_project_name=parameters["tracker_project_name"],
+    )
+    _set_up(conclude, "Conclude the run", cached=False, retries=0, token=False)
+    with dsl.ExitHandler(conclude, name="ppo"):
+        # 1. Check everything before anything expensive; pin what the cached steps read.
+        validated = validate_config(**parameters)
+        _set_up(validated, "Validate the config", cached=False, retries=0)
+        config = validated.outputs["config"]
+
+        # 2. The inputs of training. Both depend on their own parameters only, so KFP may take them from its cache.
+        snapshot = snapshot_reference(
+            model_name=parameters["model_name"],
+            model_revision=validated.outputs["model_revision"],
+            model_digest=validated.outputs["model_digest"],
+        )
+        _set_up(snapshot, "Snapshot the reference model", cached=True, retries=2)
+        reference = snapshot.outputs["reference"]
+        of_data = {name: value for name, value in parameters.items() if name.startswith("data_")}
+        of_data["data_revision"] = validated.outputs["data_revision"]
+        prepared = prepare_dataset(
+            tokenizer=snapshot.outputs["tokenizer"],
+            tokenizer_digest=snapshot.outputs["Output"],
+            data_digest=validated.outputs["data_digest"],
+            query_dataset=parameters["query_dataset"],
+            remove_unused_columns=parameters["remove_unused_columns"],
+            rollout_max_new_tokens=parameters["rollout_max_new_tokens"],
+            **of_data,
+        )
+        _set_up(prepared, "Prepare the prompts", cached=True, retries=2)
+        prompts = prepared.outputs["prompts"]
+
+        # 3. Train
+        trained = train_ppo(config=config, run_id=run_id, prompts=prompts, reference=reference)
+        _set_up(trained, "Train the policy with PPO", cached=False, retries=2)
+        policy = trained.outputs["policy"]
+
+        # 4. Judge
+        evaluated = evaluate_policy(
+            config=config,
+            run_id=run_id,
+            prompts=prompts,
+            reference=reference,
+            policy=policy,
+            history=trained.outputs["history"],
+        )
+        _set_up(evaluated, "Evaluate policy against reference", cached=False, retries=2)
+        judged = gate(evaluation=evaluated.outputs["evaluation"])
+        _set_up(judged, "Gate", cached=False, retries=0, token=False)
+
+        # 5. Publish. A local run knows conditions on a task's single output only, and takes any other as false.
+        with dsl.If(judged.output == True, name="the gate is passed"):  # noqa: E712
+            pushed = push_to_hub(
+                config=config, run_id=run_id, policy=policy, evaluation=evaluated.outputs["evaluation"]
+            )
+            _set_up(pushed, "Push to the hub", cached=False, retries=3)
+
+
+def _set_up(task: dsl.PipelineTask, label: str, *, cached: bool, retries: int, token: bool = True) -> None:
+    """What every task is given; set here and not on submission, which reaches neither the push nor stored pipelines."""
+    task.set_display_name(label)
+    task.set_env_variable("PYTHONUNBUFFERED", "1")
+    task.set_caching_options(cached)
+    if retries:
+        task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
+    if token:
+        kubernetes.use_secret_as_env(task, HF_SECRET, {"HF_TOKEN": "HF_TOKEN"}, optional=True)
+
+
+@dsl.pipeline(name=PIPELINE_NAME, display_name="RLHF with PPO")
+@documented
+def ppo(
+    # parameters: begin (written by python -m rlhf_pipelines.generate)
+    exp_name: str = "rlhf-ppo",
+    seed: int = 0,
+    log_with: str = "",
+    task_name: str = "",
+    model_name: str = "",
+    query_dataset: str = "",
+    reward_model: str = "",
+    remove_unused_columns: bool = True,
+    tracker_kwargs: dict = {},  # noqa: B006
+    accelerator_kwargs: dict = {},  # noqa: B006
+    project_kwargs: dict = {},  # noqa: B006
+    tracker_project_name: str = "trl",
+    push_to_hub_if_best_kwargs: dict = {},  # noqa: B006
+    steps: int = 20000,
+    learning_rate: float = 1e-05,
+    adap_kl_ctrl: bool = True,
+    init_kl_coef: float = 0.2,
+    kl_penalty: str = "kl",
+    target: float = 6.0,
+    horizon: float = 10000.0,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    cliprange: float = 0.2,
+    cliprange_value: float = 0.2,
+    vf_coef: float = 0.1,
+    batch_size: int = 256,
+    gradient_accumulation_steps: int = 1,
+    mini_batch_size: int = 1,
+    ppo_epochs: int = 4,
+    max_grad_norm: float = 0.0,
+    early_stopping: bool = False,
+    target_kl: float = 1.0,
+    compare_steps: int = 1,
+    ratio_threshold: float = 10.0,
+    use_score_scaling: bool = False,
+    use_score_norm: bool = False,
+    score_clip: float = 0.0,
+    whiten_rewards: bool = False,
+    optimize_device_cache: bool = False,
+    use_habana: bool = False,
+    pad_for_acceleration: bool = False,
+    pad_max_len: int = 0,
+    pad_max_input_len: int = 0,
+    model_revision: str = "",
+    model_dtype: str = "float32",
+    model_lora_r: int = 0,
+    model_lora_alpha: int = 32,
+    model_lora_dropout: float = 0.0,
+    model_lora_target_modules: str = "all-linear",
+    data_revision: str = "",
+    data_config: str = "",
+    data_split: str = "train",
+    data_prompt_column: str = "prompt",
+    data_chat_template: bool = False,
+    data_system_prompt: str = "",
+    data_max_prompt_tokens: int = 512,
+    data_eval_fraction: float = 0.1,
+    data_max_prompts: int = 0,
+    reward_revision: str = "",
+    reward_batch_size: int = 16,
+    reward_max_tokens: int = 512,
+    rollout_max_new_tokens: int = 64,
+    rollout_temperature: float = 1.0,
+    rollout_batch_size: int = 64,
+    eval_max_prompts: int = 256,
+    eval_samples_per_prompt: int = 1,
+    eval_seed: int = 1234,
+    gate_min_score_gain: float = 0.0,
+    gate_max_kl: float = 25.0,
+    gate_min_distinct2: float = 0.7,
+    gate_min_prompts: int = 50,
+    hub_repo_id: str = "",
+    hub_private: bool = True,
+    mlflow_tracking_uri: str = "",
+    # parameters: end
+) -> None:
+    """Fine-tune a language model with PPO against a reward; push it to the hub if it passes the gate."""
+    wire(dict(locals()))
