@@ -1,0 +1,238 @@
+"""A model hub on localhost, in memory, for the real huggingface_hub: just what a push and a load ask for.
+
+``faults`` makes it fail: (method, part of the path, status, how often, whether the request takes effect all the same).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+
+
+@dataclass
+class Fault:
+    """``times`` requests answered with ``status``; with ``takes_effect`` only the answer is lost."""
+
+    method: str
+    path: str
+    status: int
+    times: int = 1
+    takes_effect: bool = False
+
+
+@dataclass
+class Repository:
+    """Its commits, newest last: (commit, title, files by name)."""
+
+    private: bool
+    commits: list[tuple[str, str, dict[str, bytes]]] = field(default_factory=list)
+
+    def commit(self, title: str, files: dict[str, bytes]) -> str:
+        name = hashlib.sha1(f"{len(self.commits)}{title}".encode()).hexdigest()
+        self.commits.append((name, title, files))
+        return name
+
+    def at(self, revision: str) -> tuple[str, str, dict[str, bytes]] | None:
+        """The commit that a revision names."""
+        if revision == "main":
+            return self.commits[-1]
+        return next((commit for commit in self.commits if commit[0] == revision), None)
+
+
+class Hub:
+    """The server; ``tokens`` maps a token to (owner, role)."""
+
+    def __init__(self, tokens: dict[str, tuple[str, str]]) -> None:
+        self.tokens = tokens
+        self.repositories: dict[str, Repository] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.faults: list[Fault] = []
+        self.paths: list[str] = []
+        handler = type("Bound", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """End the server."""
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Refused(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, words: str, code: str = "") -> None:
+        super().__init__(words)
+        self.status, self.words, self.code = status, words, code
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _handle(self) -> None:
+        body = self._read()
+        path = unquote(urlsplit(self.path).path)
+        self.hub.paths.append(f"{self.command} {self.path}")
+        fault = next((f for f in self.hub.faults if f.times and f.method == self.command and f.path in path), None)
+        if fault:
+            fault.times -= 1
+        try:
+            found = self._route(path, body) if fault is None or fault.takes_effect else None
+            if fault:
+                raise Refused(fault.status, "fault")
+            content, headers = found if isinstance(found, tuple) else (json.dumps(found).encode(), {})
+            headers.setdefault("Content-Type", "application/json")
+            self._answer(200, content, headers)
+        except Refused as refusal:
+            headers = {"X-Error-Message": refusal.words, **({"X-Error-Code": refusal.code} if refusal.code else {})}
+            self._answer(refusal.status, json.dumps({"error": refusal.words}).encode(), headers)
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = _handle
+
+    def _read(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _user(self) -> tuple[str, str] | None:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token and token not in self.hub.tokens:
+            raise Refused(401, "Invalid credentials in Authorization header")
+        return self.hub.tokens.get(token)
+
+    def _repository(self, name: str, write: bool = False) -> Repository:
+        user = self._user()
+        repository = self.hub.repositories.get(name)
+        if repository is None or (repository.private and user is None):
+            raise Refused(404 if user else 401, "Repository not found", "RepoNotFound")
+        if write and (user is None or user != (name.split("/")[0], "write")):
+            raise Refused(403, f"you don't have write access to {name}")
+        return repository
+
+    def _route(self, path: str, body: bytes) -> Any:
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        if blob := re.fullmatch(r"/blobs/(\w+)", path):
+            if self.command == "PUT":
+                self.hub.blobs[blob[1]] = body
+                return b"", {}
+            return self.hub.blobs[blob[1]], {}
+        if batch := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            self._repository(batch[1], write=True)
+            return self._lfs(json.loads(body)), {"Content-Type": "application/vnd.git-lfs+json"}
+        if api := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]*)/([^/]+).*)?", path):
+            write = self.command == "POST" and api[2] != "paths-info"
+            return self._api(self._repository(api[1], write), api[1], api[2] or "revision", api[3] or "main", body)
+        if file := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self._file(self._repository(file[1]), file[2], file[3])
+        raise Refused(404, f"no route for {self.command} {path}")
+
+    def _create(self, wanted: dict[str, Any]) -> Any:
+        user = self._user()
+        if user is None:
+            raise Refused(401, "Invalid username or password.")
+        name = f"{wanted.get('organization') or user[0]}/{wanted['name']}"
+        if user != (name.split("/")[0], "write"):
+            raise Refused(403, f"you don't have the rights to create {name}")
+        if name in self.hub.repositories:
+            raise Refused(409, "You already created this model repo")
+        private = wanted.get("private") is True or wanted.get("visibility") == "private"
+        self.hub.repositories[name] = Repository(private)
+        self.hub.repositories[name].commit("initial commit", {".gitattributes": b""})
+        return {"url": f"{self.hub.url}/{name}", "name": name}
+
+    def _lfs(self, wanted: dict[str, Any]) -> bytes:
+        objects = []
+        for item in wanted["objects"]:
+            upload = {"upload": {"href": f"{self.hub.url}/blobs/{item['oid']}", "header": {}}}
+            known = item["oid"] in self.hub.blobs
+            objects.append({"oid": item["oid"], "size": item["size"], **({} if known else {"actions": upload})})
+        return json.dumps({"transfer": "basic", "objects": objects}).encode()
+
+    def _api(self, repository: Repository, name: str, what: str, revision: str, body: bytes) -> Any:
+        found = repository.at(revision)
+        if found is None:
+            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        commit, _, files = found
+        if what == "revision":
+            siblings = [{"rfilename": file} for file in sorted(files)]
+            return {"id": name, "modelId": name, "sha": commit, "private": repository.private, "siblings": siblings,
+                    "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
+        if what == "commits":
+            return [
+                {"id": id_, "title": title, "message": "", "date": "2026-01-01T00:00:00.000Z", "authors": []}
+                for id_, title, _ in reversed(repository.commits)
+            ]
+        if what == "tree":
+            return [
+                {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for file, data in sorted(files.items())
+            ]
+        if what == "preupload":
+            asked = json.loads(body)["files"]
+            return {"files": [
+                {"path": f["path"], "shouldIgnore": False, "oid": None,
+                 "uploadMode": "lfs" if f["path"].endswith(WEIGHTS) else "regular"} for f in asked
+            ]}  # fmt: skip
+        if what == "commit":
+            return self._commit(name, dict(files), commit, body)
+        raise Refused(404, f"no route for {what}")
+
+    def _commit(self, name: str, files: dict[str, bytes], head: str, body: bytes) -> Any:
+        title = ""
+        for line in body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "header":
+                title = value["summary"]
+                if value.get("parentCommit") not in (None, head):
+                    raise Refused(412, "A commit has happened since.")
+            elif item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif item["key"] == "lfsFile":
+                files[value["path"]] = self.hub.blobs[value["oid"]]
+            elif item["key"] == "deletedFile":
+                files.pop(value["path"])
+        made = self.hub.repositories[name].commit(title, files)
+        url = f"{self.hub.url}/{name}/commit/{made}"
+        return {"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""}
+
+    def _file(self, repository: Repository, revision: str, name: str) -> Any:
+        found = repository.at(revision)
+        if found is None:
+            raise Refused(404, "Invalid rev id", "RevisionNotFound")
+        if name not in found[2]:
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        data = found[2][name]
+        etag = hashlib.sha256(data).hexdigest()
+        return data, {"X-Repo-Commit": found[0], "ETag": f'"{etag}"', "Content-Type": "application/octet-stream"}
