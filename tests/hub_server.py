@@ -72,9 +72,9 @@ class Hub:
 class Refused(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, words: str, code: str = "") -> None:
+    def __init__(self, status: int, words: str, code: str = "", url: str = "") -> None:
         super().__init__(words)
-        self.status, self.words, self.code = status, words, code
+        self.status, self.words, self.code, self.url = status, words, code, url
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, content, headers)
         except Refused as refusal:
             headers = {"X-Error-Message": refusal.words, **({"X-Error-Code": refusal.code} if refusal.code else {})}
-            self._answer(refusal.status, json.dumps({"error": refusal.words}).encode(), headers)
+            self._answer(refusal.status, json.dumps({"error": refusal.words, "url": refusal.url}).encode(), headers)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = _handle
 
@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         if user != (name.split("/")[0], "write"):
             raise Refused(403, f"you don't have the rights to create {name}")
         if name in self.hub.repositories:
-            raise Refused(409, "You already created this model repo")
+            raise Refused(409, "You already created this model repo", url=f"{self.hub.url}/{name}")
         private = wanted.get("private") is True or wanted.get("visibility") == "private"
         self.hub.repositories[name] = Repository(private)
         self.hub.repositories[name].commit("initial commit", {".gitattributes": b""})

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import Fault, Hub
-from tiny_models import llama, word_tokenizer
 
+from hub_server import Fault, Hub
 from rlhf_ppo.parameters import decode
+from tiny_models import llama, word_tokenizer
 
 WRITE, READ = "hf_the_writing_token", "hf_the_reading_token"
 PUSH = """

@@ -75,9 +75,7 @@ def test_one_single_score_has_a_finite_deviation_where_trl_has_none() -> None:
 def test_scores_are_scaled_centred_and_clipped_as_trl_does(
     scaling: bool, center: bool, clip: float | None, mean: float, std: float
 ) -> None:
-    scores = shape_scores(
-        tensor([1, -0.5, 0.3, 2]), RunningMoments(), scaling=scaling, center=center, clip=clip
-    )
+    scores = shape_scores(tensor([1, -0.5, 0.3, 2]), RunningMoments(), scaling=scaling, center=center, clip=clip)
     assert float(scores.mean()) == pytest.approx(mean, abs=1e-6)
     assert float(scores.std()) == pytest.approx(std, abs=1e-6)
 
@@ -155,9 +153,7 @@ def test_advantages_and_returns_follow_trl(
 def test_a_gap_in_the_mask_is_no_time_step_unlike_trl() -> None:
     values, rewards = tensor([[0.5, 0.4, 0.3, 0.2]]), tensor([[0, 0, 0, 1]])
     _, with_gap = advantages_and_returns(values, rewards, mask("1011"), gamma=1, lam=0.95)
-    _, without = advantages_and_returns(
-        tensor([[0.5, 0.3, 0.2]]), tensor([[0, 0, 1]]), mask("111"), gamma=1, lam=0.95
-    )
+    _, without = advantages_and_returns(tensor([[0.5, 0.3, 0.2]]), tensor([[0, 0, 1]]), mask("111"), gamma=1, lam=0.95)
     close(with_gap[mask("1011")], without[mask("111")])
     assert float(with_gap[0, 0]) != pytest.approx(0.88065)  # what TRL gives
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import gemma2, gpt2, llama, neox, queries, qwen2, word_tokenizer
 from torch import Tensor, nn
 
 from rlhf_ppo.config import PPOConfig
@@ -19,6 +18,7 @@ from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, trai
 from rlhf_ppo.ppo.generation import sample
 from rlhf_ppo.ppo.models import Sequences, response_logits
 from rlhf_ppo.ppo.rollout import batches_by_length, response_logprobs, score_with_policy
+from tiny_models import gemma2, gpt2, llama, neox, queries, qwen2, word_tokenizer
 
 ARCHITECTURES = [llama, gpt2, gemma2, neox, qwen2]
 SAMPLING = Sampling(12, eos_token_ids=(2,))
@@ -117,9 +117,7 @@ def test_top_k_and_top_p_restrict_what_is_drawn() -> None:
 def test_rollouts_have_no_dropout_and_leave_the_mode_as_it_was() -> None:
     model = gpt2(dropout=0.5).train()
     asked = queries(3, 4)
-    first, second = (
-        sample(model, asked, Sampling(6, do_sample=False), torch.Generator()).logprobs for _ in range(2)
-    )
+    first, second = (sample(model, asked, Sampling(6, do_sample=False), torch.Generator()).logprobs for _ in range(2))
     torch.testing.assert_close(first, second)
     assert model.training
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, word_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.rewards import is_callable_name, load_reward, score
 from rlhf_ppo.settings import RewardSettings
+from tiny_models import VOCABULARY, word_tokenizer
 
 
 def classifier(directory: Path, labels: int) -> LlamaForSequenceClassification:
@@ -60,7 +60,9 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_function_is_imported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "reward_of_a_user.py").write_text("def by_length(prompts, responses):\n    return map(len, responses)\n")
+    (tmp_path / "reward_of_a_user.py").write_text(
+        "def by_length(prompts, responses):\n    return map(len, responses)\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     reward = load_reward("reward_of_a_user:by_length", RewardSettings())
     assert score(reward, ["a", "b"], ["xx", "yyy"]) == [2.0, 3.0]

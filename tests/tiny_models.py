@@ -57,9 +57,7 @@ def neox(seed: int = 0) -> GPTNeoXForCausalLM:
     """A head of another name, parallel residuals."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(vocab_size=VOCABULARY, **sizes, max_position_embeddings=64, **ENDS)
-    ).eval()
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY, **sizes, max_position_embeddings=64, **ENDS)).eval()
 
 
 def qwen2(seed: int = 0) -> Qwen2ForCausalLM:

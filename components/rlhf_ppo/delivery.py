@@ -94,7 +94,11 @@ class Delivery:
 
     def unsent(self) -> bool:
         """Whether anything is left."""
-        return self.spool.exists() and self.spool.stat().st_size > self._sent()
+        if not self.spool.exists():
+            return False
+        with self.spool.open("rb") as stream:
+            opening = len(stream.readline())
+        return self.spool.stat().st_size > max(self._sent(), opening)
 
     def attempt(self) -> bool:
         """Send what is there; false where the server did not take it, now or in the end."""

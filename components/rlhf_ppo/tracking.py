@@ -1,7 +1,7 @@
 """Tracking in MLflow that never delays a step, never stops it, and loses nothing.
 
-A call appends one line to a spool file and returns. A thread delivers the spool, and goes on when a server that was gone
-comes back; what is left at the end is delivered by the step that concludes the run, or later by
+A call appends one line to a spool file and returns. A thread delivers the spool, and goes on when a server that was
+gone comes back; what is left at the end is delivered by the step that concludes the run, or later by
 ``python -m rlhf_ppo.tracking DIRECTORY``. Sending twice does no harm: MLflow keeps one of equal metrics.
 
 One MLflow run stands for the pipeline run and one nested run for each step. A run that KFP's MLflow plugin injected

@@ -35,7 +35,7 @@ def package_file(package: str, suffix: str) -> Path:
 
 
 def read_reviews(path: Path) -> tuple[list[Review], list[Review]]:
-    """Distinct reviews with their labels from Rotten Tomatoes and from IMDb; the file is sorted by label, so shuffled."""
+    """Distinct reviews with labels from Rotten Tomatoes and from IMDb, shuffled: the file is sorted by label."""
     csv.field_size_limit(sys.maxsize)
     sources: dict[bool, list[Review]] = {True: [], False: []}
     seen: set[str] = set()

@@ -29,7 +29,7 @@ def prepare_dataset(
     """Write the directory ``prompts``; returns its manifest.
 
     Prompts keep their order. Empty ones, repeated ones and those too long for data_max_prompt_tokens or, with a
-    response, for the model are left out and counted; none is cut. Raises InputError where there is nothing to work with.
+    response, for the model are left out and counted; none is cut. Raises InputError where nothing is left to work with.
     """
     from transformers import AutoTokenizer
 
@@ -76,7 +76,7 @@ def _texts(
         raise InputError(f"data_prompt_column={column!r} is no column of the data: give one of {', '.join(columns)}")
     counts["empty"] = counts["duplicate"] = 0
     seen: set[str] = set()
-    kept = []
+    kept: list[Row] = []
     for number, row in enumerate(rows):
         text = _text(row[column], number, data, tokenizer)
         if not text:

@@ -27,7 +27,7 @@ class Sampling:
     do_sample: bool = True
 
     @classmethod
-    def for_model(cls, model: nn.Module, max_new_tokens: int, temperature: float = 1.0) -> Sampling:
+    def for_model(cls, model: Any, max_new_tokens: int, temperature: float = 1.0) -> Sampling:
         """Sampling that ends where the model's generation config says that a text ends."""
         config = model.generation_config
         eos = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id

@@ -132,7 +132,9 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Any:
 
 def accepts(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward, beneath any adapters, takes ``argument``."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     return argument in inspect.signature(inner.forward).parameters
 
 

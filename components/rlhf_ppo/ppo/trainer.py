@@ -172,13 +172,16 @@ class PPOTrainer:
 
     def _reference_logprobs(self, rollout: Rollout) -> tuple[list[Tensor], list[Tensor] | None]:
         """The reference's log-probabilities and, where kl_penalty is full, the exact KL per token."""
-        batch = {"temperature": self.sampling.temperature, "length": self._length}
+        temperature, length = self.sampling.temperature, self._length
+        queries, responses = rollout.queries, rollout.responses
         with self._reference_model() as reference:
-            logprobs = response_logprobs(reference, rollout.queries, rollout.responses, **batch)
+            logprobs = response_logprobs(reference, queries, responses, temperature=temperature, length=length)
         if self.config.kl_penalty != "full":
             return logprobs, None
         policy = self.policy.pretrained_model
-        return logprobs, response_full_kl(policy, self._reference_model, rollout.queries, rollout.responses, **batch)
+        return logprobs, response_full_kl(
+            policy, self._reference_model, queries, responses, temperature=temperature, length=length
+        )
 
     def _experience(
         self, rollout: Rollout, scores: Tensor, ref_rows: list[Tensor], penalty_rows: list[Tensor] | None

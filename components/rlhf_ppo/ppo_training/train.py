@@ -233,8 +233,9 @@ def save_merged(model: Any, directory: Path) -> None:
     weights = {
         name.replace(".base_layer.", "."): value for name, value in base.state_dict().items() if ".lora_" not in name
     }
-    for name, layer in base.named_modules():
-        if isinstance(layer, LoraLayer):
+    layers: list[tuple[str, Any]] = [(n, layer) for n, layer in base.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in layers:
+        if f"{name}.weight" in weights:
             for adapter in model.active_adapters:
                 weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.get_delta_weight(adapter)
     base.save_pretrained(directory, state_dict=weights, safe_serialization=True)

@@ -15,6 +15,7 @@ HUB_FILES = (
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.tiktoken",
 )  # fmt: skip
 """What is taken from a repository: never pickled weights, never code."""
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -153,6 +154,8 @@ def _write_tokenizer(model_name: str, reference: Path, tokenizer: Path) -> None:
     """Give the tokenizer a pad token where it has none, and write it both beside the model and by itself."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    if not any(file for pattern in VOCABULARIES for file in reference.glob(pattern)):
+        raise InputError(f"model_name={model_name!r} has no tokenizer: put tokenizer.json beside the weights")
     try:
         loaded = AutoTokenizer.from_pretrained(reference)
     except (OSError, ValueError) as error:

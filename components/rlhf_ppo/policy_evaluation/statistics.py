@@ -1,0 +1,95 @@
+"""What two sets of responses to the same prompts say about the policy, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+Array = NDArray[numpy.float64]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Responses of one model; every list has one entry per prompt and sample, the samples of a prompt together."""
+
+    responses: list[str]
+    scores: list[float]
+    lengths: list[int]
+    ended: list[bool]
+
+
+def interval(values: Array, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, float]:
+    """Mean of ``values`` (prompts,) with its 95 % percentile-bootstrap interval (Efron & Tibshirani 1993, chapter 13).
+
+    All three are nan where a value is.
+    """
+    if not numpy.isfinite(values).all():
+        return dict.fromkeys(("mean", "low", "high"), float("nan"))
+    generator = numpy.random.default_rng(seed)
+    # In parts, so that many prompts don't make one huge table.
+    parts = max(1, len(values) * resamples // 5_000_000)
+    means = numpy.concatenate(
+        [
+            values[generator.integers(0, len(values), (len(rows), len(values)))].mean(1)
+            for rows in numpy.array_split(numpy.arange(resamples), parts)
+        ]
+    )
+    low, high = numpy.quantile(means, [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def per_prompt(values: Sequence[float], samples: int) -> Array:
+    """The mean over each prompt's samples: what is resampled are prompts."""
+    return numpy.asarray(values, dtype=numpy.float64).reshape(-1, samples).mean(1)
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Share of distinct n-grams of words among all in ``texts`` (Li et al. 2016); 0 where there are none."""
+    grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def kl_estimates(logprobs: Sequence[Any], ref_logprobs: Sequence[Any]) -> tuple[list[float], list[float]]:
+    """KL(policy || reference) of each response in nats from its tokens' log-probabilities (1-D tensors).
+
+    k1 = Σ log p - log q is unbiased and may be negative; k3 = Σ q/p - 1 - log(q/p) is never negative
+    (Schulman 2020, "Approximating KL divergence").
+    """
+    k1, k3 = [], []
+    for policy, reference in zip(logprobs, ref_logprobs, strict=True):
+        difference = (reference - policy).double()
+        k1.append(float(-difference.sum()))
+        k3.append(float((difference.exp() - 1 - difference).sum()))
+    return k1, k3
+
+
+def compare(policy: Samples, reference: Samples, k1: list[float], k3: list[float], samples: int) -> dict[str, Any]:
+    """Every figure of policy and reference with its interval; gains are paired by prompt."""
+    metrics = {}
+    for name, of_policy, of_reference in (
+        ("score", policy.scores, reference.scores),
+        ("response_length", policy.lengths, reference.lengths),
+        ("ended", policy.ended, reference.ended),
+    ):
+        after, before = per_prompt(of_policy, samples), per_prompt(of_reference, samples)
+        metrics[name] = {"policy": interval(after), "reference": interval(before), "gain": interval(after - before)}
+    diversity = {
+        f"distinct{n}": {"policy": distinct(policy.responses, n), "reference": distinct(reference.responses, n)}
+        for n in (1, 2)
+    }
+    before2 = diversity["distinct2"]["reference"]
+    return {
+        "prompts": len(policy.scores) // samples,
+        "samples_per_prompt": samples,
+        "metrics": metrics,
+        "kl": interval(per_prompt(k1, samples)),
+        "kl3": interval(per_prompt(k3, samples)),
+        **diversity,
+        "distinct2_ratio": diversity["distinct2"]["policy"] / before2 if before2 else 0.0,
+        "empty_responses": sum(not response.strip() for response in policy.responses) / len(policy.responses),
+    }

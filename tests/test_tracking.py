@@ -1,0 +1,221 @@
+"""Tracking against a real MLflow server that is dead at first, dies in between, or is dead at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlhf_ppo.tracking as tracking
+from mlflow_server import MLflowServer
+from rlhf_ppo.run_conclusion.conclude import conclude_run
+from rlhf_ppo.tracking import Tracker, resend
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+    started = MLflowServer(tmp_path_factory.mktemp("mlflow"))
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def running(server: MLflowServer) -> Iterator[MLflowServer]:
+    if server._process is None:
+        server.start()
+    yield server
+    server.signal(signal.SIGCONT)
+
+
+@pytest.fixture(autouse=True)
+def short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "DEADLINE", 2.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def track(uri: str, spool: Path, run_id: str, step: str = "train_ppo") -> Tracker:
+    return Tracker.for_step(step, run_id, tracking_uri=uri, experiment="tests", spool=spool)
+
+
+def eventually(holds: Callable[[], bool], what: str) -> None:
+    for _ in range(300):
+        if holds():
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"never so: {what}")
+
+
+def run_of(client: Any, run_id: str, step: str = "train_ppo") -> Any:
+    experiment = client.get_experiment_by_name("tests")
+    condition = f"tags.`rlhf_ppo.run_id` = '{run_id}' and tags.`rlhf_ppo.step` = '{step}'"
+    runs = client.search_runs([experiment.experiment_id], condition)
+    assert len(runs) == 1, f"{len(runs)} runs of {step} in {run_id}"
+    return runs[0]
+
+
+def history(client: Any, run: Any, name: str) -> dict[int, float]:
+    return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
+
+
+def test_one_run_for_the_pipeline_and_one_in_it_for_the_step(running: MLflowServer, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("<p>fine</p>")
+    with track(running.url, tmp_path / "spool", "a") as tracker:
+        tracker.log_params({"learning_rate": 1e-5, "tracker_kwargs/a@b": "x", "long": "y" * 7000})
+        tracker.log_metrics({"ppo/loss/total": 0.5, "words": "no number", "bad": math.nan}, step=3)
+        tracker.log_table("samples", [{"prompt": "p", "score": 1.0}])
+        tracker.log_artifact(tmp_path / "report.html", "reports")
+        tracker.log_dataset("prompts", "d" * 64, "prompts.jsonl", "training")
+    conclude_run("a", "SUCCEEDED", "", mlflow_tracking_uri=running.url, experiment="tests")
+    client = running.client()
+    step, parent = run_of(client, "a"), run_of(client, "a", "pipeline")
+    assert step.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert (step.info.status, parent.info.status) == ("FINISHED", "FINISHED")
+    assert step.data.params == {"learning_rate": "1e-05", "tracker_kwargs/a_b": "x"}
+    assert history(client, step, "ppo/loss/total") == {3: 0.5}
+    assert "bad" in step.data.metrics and "words" not in step.data.metrics
+    names = {file.path for file in client.list_artifacts(step.info.run_id)}
+    assert names == {"samples.json", "reports", "params"}
+    used = step.inputs.dataset_inputs[0]
+    assert (used.dataset.name, used.dataset.digest, used.tags[0].value) == ("prompts", "d" * 36, "training")
+
+
+def test_a_server_that_hangs_holds_no_call_up(running: MLflowServer, tmp_path: Path) -> None:
+    """Stopped, it accepts connections and never answers: a call that waited for it would never return."""
+    tracker = track(running.url, tmp_path, "hangs")
+    tracker.log_metrics({"x": 0.0}, step=0)
+    running.signal(signal.SIGSTOP)
+    for step in range(1, 400):
+        tracker.log_metrics({"x": float(step), "y": 1.0}, step=step)
+    tracker.finish()
+    assert sum(1 for _ in (tmp_path / "train_ppo" / "spool.jsonl").open()) == 402
+    running.signal(signal.SIGCONT)
+    assert resend(tmp_path) == []
+    assert history(running.client(), run_of(running.client(), "hangs"), "x") == {s: float(s) for s in range(400)}
+
+
+def test_a_server_killed_in_the_middle_of_a_run_loses_no_metric(server: MLflowServer, tmp_path: Path) -> None:
+    server.kill()
+    tracker = track(server.url, tmp_path, "killed")
+    for step in range(50):
+        tracker.log_metrics({"x": float(step)}, step=step)
+    server.start()
+    client = server.client()
+    eventually(lambda: not tracker._delivery.unsent(), "what was logged before the server came up is delivered")
+    server.kill()
+    for step in range(50, 100):
+        tracker.log_metrics({"x": float(step)}, step=step)
+    server.start()
+    for step in range(100, 120):
+        tracker.log_metrics({"x": float(step)}, step=step)
+    eventually(lambda: not tracker._delivery.unsent(), "what was logged while it was dead is delivered")
+    tracker.finish()
+    assert resend(tmp_path) == []
+    run = run_of(client, "killed")
+    assert history(client, run, "x") == {step: float(step) for step in range(120)}
+    assert run.info.status == "FINISHED"
+
+
+def test_what_a_dead_server_missed_at_the_end_is_delivered_later(
+    server: MLflowServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.kill()
+    (tmp_path / "file.txt").write_text("content")
+    with pytest.raises(ValueError), track(server.url, tmp_path / "spool", "late") as tracker:
+        tracker.log_metrics({"x": 1.0}, step=1)
+        tracker.log_artifact(tmp_path / "file.txt")
+        raise ValueError
+    (tmp_path / "file.txt").unlink()
+    assert "python -m rlhf_ppo.tracking" in capfd.readouterr().err
+    server.start()
+    command = [sys.executable, "-m", "rlhf_ppo.tracking", str(tmp_path / "spool")]
+    for _ in range(2):
+        assert subprocess.run(command, env={**os.environ}).returncode == 0
+    client = server.client()
+    run = run_of(client, "late")
+    assert run.info.status == "FAILED"
+    assert history(client, run, "x") == {1: 1.0}
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["file.txt"]
+
+
+def test_a_retried_step_goes_on_in_its_run(running: MLflowServer, tmp_path: Path) -> None:
+    for attempt in range(2):
+        with track(running.url, tmp_path / str(attempt), "retried") as tracker:
+            tracker.log_params({"learning_rate": 1e-5})
+            tracker.log_metrics({"x": 1.0}, step=attempt)
+    client = running.client()
+    run = run_of(client, "retried")
+    assert history(client, run, "x") == {0: 1.0, 1: 1.0}
+    assert run.info.status == "FINISHED"
+
+
+def test_what_mlflow_refuses_does_not_hold_up_the_rest(running: MLflowServer, tmp_path: Path) -> None:
+    with track(running.url, tmp_path, "refused") as tracker:
+        tracker.log_params({"p": 1})
+        tracker.log_params({"p": 2})
+        tracker.log_metrics({"x": 1.0}, step=0)
+    run = run_of(running.client(), "refused")
+    assert run.data.params == {"p": "1"} and run.data.metrics == {"x": 1.0}
+
+
+def test_an_injected_run_is_adopted_and_its_end_left_to_kfp(
+    running: MLflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = running.client()
+    experiment = client.create_experiment("of kfp")
+    injected = client.create_run(experiment).info.run_id
+    client.log_param(injected, "learning_rate", '"0.00001"')
+    monkeypatch.setenv("MLFLOW_RUN_ID", injected)
+    with track(running.url, tmp_path, "kfp") as tracker:
+        tracker.log_params({"learning_rate": 1e-5})
+        tracker.log_metrics({"x": 2.0}, step=0)
+    conclude_run("kfp", "SUCCEEDED", "", mlflow_tracking_uri=running.url, experiment="of kfp")
+    run = client.get_run(injected)
+    assert run.info.status == "RUNNING"
+    assert run.data.params["ppo/learning_rate"] == "1e-05" and run.data.metrics == {"x": 2.0}
+    assert len(client.search_runs([experiment])) == 1
+
+
+def test_sqlite_needs_no_server_and_keeps_artifacts_beside_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with track("", tmp_path / "spool", "local") as tracker:
+        tracker.log_table("samples", [{"prompt": "p"}])
+    if resend(tmp_path / "spool"):
+        raise AssertionError("SQLite took too little")
+    conclude_run("local", "FAILED", "it broke", mlflow_tracking_uri="", experiment="tests")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run = run_of(client, "local")
+    assert run_of(client, "local", "pipeline").info.status == "FAILED"
+    stored = list((tmp_path / "mlflow-artifacts").rglob("samples.json"))
+    assert len(stored) == 1 and json.loads(stored[0].read_text())["data"] == [["p"]]
+    assert run.info.artifact_uri.startswith((tmp_path / "mlflow-artifacts").as_uri())
+
+
+def test_a_spool_line_that_was_cut_off_is_not_sent_and_not_lost(tmp_path: Path) -> None:
+    tracker = track(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, "cut")
+    eventually(lambda: not tracker._delivery.unsent(), "delivered")
+    line = json.dumps({"kind": "metrics", "values": [["x", "1.0", 1, 0]]})
+    with tracker._file.open("a") as stream:
+        stream.write(line[:20])
+        stream.flush()
+        assert tracker._delivery.attempt()
+        stream.write(line[20:] + "\n")
+    tracker.finish()
+    assert resend(tmp_path) == []
+    from mlflow import MlflowClient
+
+    assert run_of(MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), "cut").data.metrics == {"x": 1.0}
