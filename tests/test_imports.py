@@ -121,7 +121,10 @@ def test_the_pipeline_side_never_imports_torch_or_the_work_of_a_step() -> None:
     found = [item for file in sorted(PIPELINES.rglob("*.py")) for item in imports(file)]
     assert found
     assert [item for item in found if item.root in HEAVY] == []
-    assert [item for item in found if item.root == "rlhf_ppo" and item.layer in ("ppo", "work")] == []
+    # The checks of the first step need neither torch nor a server, and are made before a local run, too.
+    checks = "rlhf_ppo.config_validation.validate.validate_config"
+    work = [item for item in found if item.root == "rlhf_ppo" and item.layer in ("ppo", "work")]
+    assert [item.name for item in work if item.name != checks] == []
 
 
 WITHOUT = """

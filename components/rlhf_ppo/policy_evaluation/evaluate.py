@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from rlhf_ppo.artifacts import complete_directory, write_json, write_whole
+from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings
 from rlhf_ppo.policy_evaluation.gate import decide
@@ -26,7 +28,7 @@ from rlhf_ppo.ppo.rollout import response_logprobs
 from rlhf_ppo.ppo_training.train import read_prompts
 from rlhf_ppo.tracking import Tracker
 
-TRACKED_SAMPLES = 100
+TRACKED_SAMPLES = 50
 
 
 def evaluate_policy(
@@ -39,50 +41,78 @@ def evaluate_policy(
     report: Path,
     run_id: str,
 ) -> dict[str, float]:
-    """Write the directory ``evaluation`` and the page ``report``; returns the figures that matter most."""
-    from transformers import AutoTokenizer
+    """Write the directory ``evaluation`` and the page ``report``; returns the figures that matter most.
 
+    Raises InputError where there are no held-out prompts or the reward gives something else than numbers.
+    """
     settings = RunSettings.from_json(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # 1. The same prompts for both, each as often as samples are wanted
-    held_out = read_prompts(prompts / "validation.parquet")[: settings.evaluation.eval_max_prompts]
-    repeated = [prompt for prompt in held_out for _ in range(settings.evaluation.eval_samples_per_prompt)]
-    tokenizer = AutoTokenizer.from_pretrained(reference)
-    reward = load_reward(str(settings.ppo.reward_model), settings.reward, device)
-    # 2. One model in memory at a time
-    generated = {}
-    for number, (name, directory) in enumerate((("policy", policy), ("reference", reference))):
-        model = load_model(directory, settings.model.model_dtype).to(device)
-        generated[name] = _respond(model, repeated, settings, _progress(number, len(repeated)))
-        if name == "reference":
-            ref_logprobs = _logprobs(model, repeated, generated["policy"], settings)
-        del model
-        gc.collect()
-    # 3. Scores and statistics
-    ends = set(Sampling.for_model(_Ends(reference), 1).eos_token_ids)
-    samples = {name: _samples(found, repeated, tokenizer, reward, ends) for name, found in generated.items()}
-    k1, k3 = kl_estimates(generated["policy"].logprobs, ref_logprobs)
-    found = compare(samples["policy"], samples["reference"], k1, k3, settings.evaluation.eval_samples_per_prompt)
-    verdict = decide(found, settings.gate)
-    found["verdict"] = {"passed": verdict.passed, "reasons": list(verdict.reasons)}
-    found["lineage"] = _lineage(settings, prompts, reference, policy)
-    rows = _rows(repeated, samples, k1)
-    # 4. Outputs
-    page = render(found, rows, _read_history(history), settings)
-    _write(found, rows, page, evaluation, report)
-    _track(settings, run_id, found, rows, evaluation)
+    with Tracker.for_step(
+        "evaluate_policy",
+        run_id,
+        settings,
+        tracking_uri=settings.tracking.mlflow_tracking_uri,
+        experiment=settings.ppo.tracker_project_name,
+        spool=Path(os.environ.get("RLHF_PPO_SPOOL") or tempfile.mkdtemp(prefix="rlhf-ppo-spool-")),
+    ) as tracker:
+        reward = load_reward(str(settings.ppo.reward_model), settings.reward, _device())
+        repeated = _held_out(prompts, settings)
+        samples, k1, k3 = _measure(settings, repeated, reward, reference, policy)
+        found = compare(samples["policy"], samples["reference"], k1, k3, settings.evaluation.eval_samples_per_prompt)
+        verdict = decide(found, settings.gate)
+        found["verdict"] = {"passed": verdict.passed, "reasons": list(verdict.reasons)}
+        found["lineage"] = _lineage(settings, prompts, reference, policy)
+        rows = _rows(repeated, samples, k1, settings.evaluation.eval_samples_per_prompt)
+        _write(found, rows, render(found, rows, _read_history(history), settings), evaluation, report)
+        _track(tracker, settings, found, rows, evaluation)
     _announce(found)
     return _headline(found)
 
 
-class _Ends:
-    """What of a model says where its texts end, without its weights."""
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoConfig, GenerationConfig
 
-        self.generation_config = GenerationConfig.from_pretrained(directory)
-        self.config = AutoConfig.from_pretrained(directory)
+def _held_out(prompts: Path, settings: RunSettings) -> list[Prompt]:
+    """The held-out prompts, each as often as samples are wanted."""
+    held_out = read_prompts(prompts / "validation.parquet")[: settings.evaluation.eval_max_prompts]
+    if not held_out:
+        raise InputError(
+            f"data_eval_fraction={settings.data.data_eval_fraction} held out no prompt of "
+            f"{settings.ppo.query_dataset}: raise it, or give more prompts"
+        )
+    return [prompt for prompt in held_out for _ in range(settings.evaluation.eval_samples_per_prompt)]
+
+
+def _measure(
+    settings: RunSettings, prompts: Sequence[Prompt], reward: Reward, reference: Path, policy: Path
+) -> tuple[dict[str, Samples], list[float], list[float]]:
+    """Scored samples of both models, one in memory at a time, and the two KL estimates of the policy's."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    # 1. The policy responds
+    model = load_model(policy, settings.model.model_dtype).to(_device())
+    of_policy = _respond(model, prompts, settings, _progress(0, len(prompts)))
+    policy_ends = _ends(model)
+    del model
+    gc.collect()
+    # 2. The reference responds, and says how likely the policy's responses are
+    model = load_model(reference, settings.model.model_dtype).to(_device())
+    of_reference = _respond(model, prompts, settings, _progress(1, len(prompts)))
+    k1, k3 = kl_estimates(of_policy.logprobs, _logprobs(model, prompts, of_policy, settings))
+    reference_ends = _ends(model)
+    del model
+    gc.collect()
+    # 3. The reward scores both
+    samples = {
+        "policy": _samples(of_policy, prompts, tokenizer, reward, policy_ends),
+        "reference": _samples(of_reference, prompts, tokenizer, reward, reference_ends),
+    }
+    return samples, k1, k3
+
+
+def _ends(model: Any) -> set[int]:
+    return set(Sampling.for_model(model, 1).eos_token_ids)
 
 
 def _progress(number: int, total: int) -> Callable[[int], None]:
@@ -119,10 +149,11 @@ def _samples(
     )
 
 
-def _rows(prompts: Sequence[Prompt], samples: dict[str, Samples], k1: list[float]) -> list[dict[str, Any]]:
+def _rows(prompts: Sequence[Prompt], samples: dict[str, Samples], k1: list[float], each: int) -> list[dict[str, Any]]:
     return [
         {
             "prompt": prompt.text,
+            "sample": row % each,
             "reference": samples["reference"].responses[row],
             "policy": samples["policy"].responses[row],
             "reference_score": samples["reference"].scores[row],
@@ -143,6 +174,7 @@ def _lineage(settings: RunSettings, prompts: Path, reference: Path, policy: Path
         "reference digest": read(reference / "digest.json", "digest"),
         "dataset": settings.ppo.query_dataset,
         "prompts digest": read(prompts / "manifest.json", "digest"),
+        "tokenizer digest": read(prompts / "manifest.json", "tokenizer_digest"),
         "reward": settings.ppo.reward_model,
         "reward revision": settings.reward.reward_revision or None,
         "best PPO step": read(policy / "training.json", "best_step"),
@@ -153,35 +185,34 @@ def _read_history(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def _strict(value: Any) -> Any:
+    """``value`` as JSON knows it: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write(found: dict[str, Any], rows: list[dict[str, Any]], page: str, evaluation: Path, report: Path) -> None:
     import pyarrow
     import pyarrow.parquet as parquet
 
     with complete_directory(evaluation) as unfinished:
-        write_json(unfinished / "evaluation.json", found)
+        write_json(unfinished / "evaluation.json", _strict(found))
         parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished / "samples.parquet")
         write_whole(unfinished / "report.html", page)
     write_whole(report, page)
 
 
 def _track(
-    settings: RunSettings, run_id: str, found: dict[str, Any], rows: list[dict[str, Any]], evaluation: Path
+    tracker: Tracker, settings: RunSettings, found: dict[str, Any], rows: list[dict[str, Any]], evaluation: Path
 ) -> None:
-    with Tracker.for_step(
-        "evaluate_policy",
-        run_id,
-        settings,
-        tracking_uri=settings.tracking.mlflow_tracking_uri,
-        experiment=settings.ppo.tracker_project_name,
-        spool=Path(os.environ.get("RLHF_PPO_SPOOL") or tempfile.mkdtemp(prefix="rlhf-ppo-spool-")),
-    ) as tracker:
-        tracker.log_metrics({f"eval/{name}": value for name, value in _headline(found).items()})
-        tracker.log_tags({"rlhf_ppo.gate": "passed" if found["verdict"]["passed"] else "held"})
-        tracker.log_table("samples", rows[:TRACKED_SAMPLES])
-        digest = found["lineage"]["prompts digest"] or ""
-        tracker.log_dataset("held-out prompts", digest, str(settings.ppo.query_dataset), "evaluation")
-        tracker.log_artifact(evaluation / "report.html")
-        tracker.log_artifact(evaluation / "evaluation.json")
+    tracker.log_metrics({f"eval/{name}": value for name, value in _headline(found).items()})
+    tracker.log_tags({"rlhf_ppo.gate": "passed" if found["verdict"]["passed"] else "held"})
+    tracker.log_table("samples", rows[:TRACKED_SAMPLES])
+    digest = found["lineage"]["prompts digest"] or ""
+    tracker.log_dataset("held-out prompts", digest, str(settings.ppo.query_dataset), "evaluation")
+    tracker.log_artifact(evaluation / "report.html")
+    tracker.log_artifact(evaluation / "evaluation.json")
 
 
 def _headline(found: dict[str, Any]) -> dict[str, float]:
@@ -193,7 +224,9 @@ def _headline(found: dict[str, Any]) -> dict[str, float]:
         "score_gain_low": score_of["gain"]["low"],
         "score_gain_high": score_of["gain"]["high"],
         "kl": found["kl"]["mean"],
+        "kl3": found["kl3"]["mean"],
         "distinct2_ratio": found["distinct2_ratio"],
+        "ended": found["metrics"]["ended"]["policy"]["mean"],
         "response_length": found["metrics"]["response_length"]["policy"]["mean"],
         "passed": float(found["verdict"]["passed"]),
     }

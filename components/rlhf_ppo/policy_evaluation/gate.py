@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,40 +21,53 @@ class Verdict:
 
 
 def decide(evaluation: dict[str, Any], settings: GateSettings) -> Verdict:
-    """The verdict on what ``statistics.compare`` found. Whatever is not a finite number is held."""
-    gain, kl = evaluation["metrics"]["score"]["gain"], evaluation["kl"]
-    ratio, prompts = evaluation["distinct2_ratio"], evaluation["prompts"]
-    numbers = [*gain.values(), *kl.values(), ratio]
-    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
-        return Verdict(False, ("held: a score, the KL or distinct-2 is not a finite number",))
+    """The verdict on what ``statistics.compare`` found: passed if every check is."""
+    gain, kl, prompts = evaluation["metrics"]["score"]["gain"], evaluation["kl"], evaluation["prompts"]
+    ratio, empty = evaluation["distinct2_ratio"], evaluation["empty_responses"]
+    strange = ", ".join(not_finite(evaluation))
+    # Each check: whether it passes (nan passes none), what was found, and what therefore is or is not so.
     checks = [
+        (not strange, strange or "every figure", "a finite number"),
         (
             prompts >= settings.gate_min_prompts,
-            f"{prompts} held-out prompts",
+            f"{prompts} held-out prompts: that",
             f"at least gate_min_prompts={settings.gate_min_prompts}",
         ),
         (
             gain["low"] > settings.gate_min_score_gain,
-            f"score gain {_shown(gain)}",
-            f"lower end above gate_min_score_gain={settings.gate_min_score_gain:g}",
+            f"score gain {shown(gain)}: the lower end",
+            f"above gate_min_score_gain={settings.gate_min_score_gain:g}",
         ),
         (
             kl["high"] < settings.gate_max_kl,
-            f"KL {_shown(kl)} nats per response",
-            f"upper end below gate_max_kl={settings.gate_max_kl:g}",
+            f"KL {shown(kl)} nats per response: the upper end",
+            f"below gate_max_kl={settings.gate_max_kl:g}",
         ),
         (
-            ratio >= settings.gate_min_distinct2 and evaluation["empty_responses"] < 1,
-            f"distinct-2 is {ratio:.2f} of the reference's",
-            f"at least gate_min_distinct2={settings.gate_min_distinct2:g}, and not every response empty",
+            ratio >= settings.gate_min_distinct2,
+            f"distinct-2 {ratio:.3g} times the reference's: that",
+            f"at least gate_min_distinct2={settings.gate_min_distinct2:g}",
         ),
+        (empty < 1, f"{empty:.0%} of the responses empty: that", "less than all"),
     ]
-    reasons = tuple(f"{'passed' if good else 'held'}: {what} (needed: {needed})" for good, what, needed in checks)
+    reasons = tuple(
+        f"{'passed' if good else 'held'}: {what} {'is' if good else 'is not'} {needed}" for good, what, needed in checks
+    )
     return Verdict(all(good for good, _, _ in checks), reasons)
 
 
-def _shown(interval: dict[str, float]) -> str:
-    return f"{interval['mean']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
+def not_finite(value: Any, name: str = "") -> Iterator[str]:
+    """The names, joined by dots, of the numbers inside ``value`` that are nan or infinite."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from not_finite(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name
+
+
+def shown(interval: dict[str, float]) -> str:
+    """An interval in three significant digits: mean [low, high]."""
+    return f"{interval['mean']:.3g} [{interval['low']:.3g}, {interval['high']:.3g}]"
 
 
 def gate(evaluation: Path) -> bool:

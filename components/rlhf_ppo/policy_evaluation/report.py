@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from rlhf_ppo.parameters import RunSettings, encode
-from rlhf_ppo.policy_evaluation.charts import histogram, line_chart
+from rlhf_ppo.parameters import RunSettings, defaults, encode
+from rlhf_ppo.policy_evaluation.charts import histogram, line_chart, strip
 
 SHOWN_EACH_WAY = 5
+SAMPLES_SHOWN = 2
+LONGEST_TEXT = 4000
+MOST_POINTS = 300
+POLICY, REFERENCE = 0, 1  # colours of charts.py
 CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Reward", "mean score of a batch", {"reward": "env/reward_mean"}),
     ("KL to the reference", "nats per response", {"KL": "objective/kl"}),
@@ -19,8 +25,8 @@ CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Clipped ratios", "share of tokens", {"share": "ppo/policy/clipfrac"}),
     ("Entropy", "nats per token", {"entropy": "ppo/policy/entropy"}),
     ("Response length", "tokens", {"length": "tokens/responses_len_mean"}),
-    ("Explained variance of returns", "", {"explained": "ppo/val/var_explained"}),
-    ("Speed", "response tokens per second", {"speed": "tokens/per_second"}),
+    ("Explained variance", "of the returns", {"explained": "ppo/val/var_explained"}),
+    ("Speed", "tokens per second", {"speed": "tokens/per_second"}),
 )
 
 
@@ -30,18 +36,19 @@ def render(
     history: Sequence[dict[str, float]],
     settings: RunSettings,
 ) -> str:
-    """The page. ``evaluation`` holds figures and verdict, ``rows`` the responses, ``history`` one entry per PPO step."""
+    """The page: ``evaluation`` has figures and verdict, ``rows`` the responses, ``history`` an entry per PPO step."""
     css = files("rlhf_ppo.policy_evaluation").joinpath("report.css").read_text(encoding="utf-8")
     body = "".join(
         (
             _heading(evaluation, settings),
             _verdict(evaluation["verdict"]),
-            _cards(evaluation),
+            _cards(evaluation, settings),
             _curves(history),
             _distributions(rows),
             _responses(rows),
-            _table("Lineage", evaluation["lineage"], opened=True),
-            _table("Settings", encode(settings)),
+            _figures(evaluation),
+            _lineage(evaluation["lineage"]),
+            _settings(settings),
         )
     )
     return (
@@ -58,96 +65,199 @@ def _text(value: Any) -> str:
 
 def _heading(evaluation: dict[str, Any], settings: RunSettings) -> str:
     each = evaluation["samples_per_prompt"]
+    model, reward = _text(settings.ppo.model_name), _text(settings.ppo.reward_model)
     return (
-        f"<h1>{_text(settings.ppo.exp_name)}</h1><p class='under'>{_text(settings.ppo.model_name)}, fine-tuned with PPO "
-        f"against {_text(settings.ppo.reward_model)}; judged on {evaluation['prompts']} held-out prompts with "
-        f"{each} response{'s' if each > 1 else ''} each. Brackets are 95 % intervals.</p>"
+        f"<header><h1>{_text(settings.ppo.exp_name)}</h1><p class='under'><code>{model}</code> fine-tuned with PPO "
+        f"against <code>{reward}</code>, judged on {evaluation['prompts']} held-out prompts with "
+        f"{each} response{'s' if each > 1 else ''} each. Brackets are 95 % intervals.</p></header>"
     )
 
 
 def _verdict(verdict: dict[str, Any]) -> str:
-    passed = verdict["passed"]
-    said = "The gate is passed" if passed else "The gate holds the policy back"
-    reasons = "".join(f"<li>{_text(reason)}</li>" for reason in verdict["reasons"])
-    return f"<div class='verdict{' passed' if passed else ''}'><strong>{said}</strong><ul>{reasons}</ul></div>"
+    said = "The gate is passed" if verdict["passed"] else "The gate holds the policy back"
+    kind = "passed" if verdict["passed"] else "held"
+    reasons = ""
+    for reason in verdict["reasons"]:
+        word, _, rest = reason.partition(": ")
+        reasons += f"<li class='{_text(word)}'><b>{_text(word)}:</b> {_text(rest)}</li>"
+    return f"<section class='verdict {kind}'><h2>{said}</h2><ul>{reasons}</ul></section>"
 
 
-def _interval(of: dict[str, float], digits: int = 2) -> str:
+def _interval(of: Mapping[str, float], digits: int = 2) -> str:
     return f"[{of['low']:.{digits}f}, {of['high']:.{digits}f}]"
 
 
-def _cards(evaluation: dict[str, Any]) -> str:
+def _cards(evaluation: dict[str, Any], settings: RunSettings) -> str:
     score, length = evaluation["metrics"]["score"], evaluation["metrics"]["response_length"]
-    two, kl = evaluation["distinct2"], evaluation["kl"]
+    two, kl, gain, ratio = evaluation["distinct2"], evaluation["kl"], score["gain"], evaluation["distinct2_ratio"]
+    ended = evaluation["metrics"]["ended"]["policy"]["mean"]
+    both = [(REFERENCE, score["reference"]), (POLICY, score["policy"])]
+    lengths = [(REFERENCE, length["reference"]), (POLICY, length["policy"])]
+    point = {"low": ratio, "mean": ratio, "high": ratio}
     cards = (
         (
             "Mean score",
             f"{score['reference']['mean']:.2f} → {score['policy']['mean']:.2f}",
-            f"gain {score['gain']['mean']:+.2f} {_interval(score['gain'])}",
+            "<span class='key s1'>reference</span> <span class='key s0'>policy</span>",
+            strip(both),
         ),
-        ("KL to the reference", f"{kl['mean']:.1f}", f"nats per response {_interval(kl, 1)}"),
         (
-            "Response length",
-            f"{length['reference']['mean']:.1f} → {length['policy']['mean']:.1f}",
-            f"tokens; {evaluation['metrics']['ended']['policy']['mean']:.0%} end by themselves",
+            "Gain",
+            f"{gain['mean']:+.2f}",
+            f"score {_interval(gain)}",
+            strip([(POLICY, gain)], settings.gate.gate_min_score_gain, "needs more than"),
+        ),
+        (
+            "KL to the reference",
+            f"{kl['mean']:.1f}",
+            f"nats per response {_interval(kl, 1)}",
+            strip([(POLICY, kl)], settings.gate.gate_max_kl, "needs less than"),
         ),
         (
             "Distinct word pairs",
             f"{two['reference']:.2f} → {two['policy']:.2f}",
-            f"{evaluation['distinct2_ratio']:.0%} of the reference's",
+            f"{ratio:.0%} of the reference's",
+            strip([(POLICY, point)], settings.gate.gate_min_distinct2, "needs at least"),
+        ),
+        (
+            "Response length",
+            f"{length['reference']['mean']:.1f} → {length['policy']['mean']:.1f}",
+            f"tokens; {ended:.0%} end by themselves",
+            strip(lengths),
         ),
     )
-    return "<div class='cards'>{}</div>".format(
+    return "<section class='cards'>{}</section>".format(
         "".join(
             f"<div class='card'><div class='name'>{name}</div><div class='value'>{value}</div>"
-            f"<div class='note'>{note}</div></div>"
-            for name, value, note in cards
+            f"<div class='note'>{note}</div>{picture}</div>"
+            for name, value, note, picture in cards
         )
     )
 
 
 def _curves(history: Sequence[dict[str, float]]) -> str:
+    joined = -(-len(history) // MOST_POINTS)
+    points = [_mean_step(history[first : first + joined]) for first in range(0, len(history), max(joined, 1))]
+    steps = [point["step"] for point in points]
     charts = "".join(
         line_chart(
-            title, {label: [step.get(name, float("nan")) for step in history] for label, name in lines.items()}, unit
+            title, steps, {label: [p.get(name, math.nan) for p in points] for label, name in lines.items()}, unit
         )
         for title, unit, lines in CURVES
     )
-    return f"<h2>Training, by PPO step</h2><div class='charts'>{charts}</div>" if charts else ""
+    if not charts:
+        return ""
+    note = f", means of {joined} steps" if joined > 1 else ""
+    return f"<section><h2>Training <small>by PPO step{note}</small></h2><div class='charts'>{charts}</div></section>"
+
+
+def _mean_step(entries: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of entries of the history; steps are counted from 1."""
+    names = {name for entry in entries for name in entry}
+    found = {}
+    for name in names:
+        values = [value for entry in entries if (value := entry.get(name)) is not None]
+        found[name] = sum(values) / len(values) if values else math.nan
+    found["step"] = entries[-1].get("step", 0.0) + 1
+    return found
 
 
 def _distributions(rows: Sequence[dict[str, Any]]) -> str:
-    scores = {name: [row[f"{name}_score"] for row in rows] for name in ("reference", "policy")}
-    gains = {"gain": [row["policy_score"] - row["reference_score"] for row in rows]}
+    scores = {name: [float(row[f"{name}_score"]) for row in rows] for name in ("reference", "policy")}
+    gains = [after - before for after, before in zip(scores["policy"], scores["reference"], strict=True)]
     charts = (
-        histogram("Scores", {"policy": scores["policy"], "reference": scores["reference"]}, "responses")
-        + histogram("Gain of each response", gains, "responses")
-        + histogram("KL of each response", {"KL": [row["kl"] for row in rows]}, "nats")
+        histogram("Score", scores, colours=(REFERENCE, POLICY))
+        + histogram("Gain", {"gain": gains}, "policy − reference, by pair")
+        + histogram("KL", {"KL": [float(row["kl"]) for row in rows]}, "nats per response")
     )
-    return f"<h2>Distributions on held-out prompts</h2><div class='charts'>{charts}</div>"
+    return f"<section><h2>Held-out responses</h2><div class='charts'>{charts}</div></section>"
 
 
 def _responses(rows: Sequence[dict[str, Any]]) -> str:
-    ranked = sorted(rows, key=lambda row: row["reference_score"] - row["policy_score"])
-    each = min(SHOWN_EACH_WAY, len(ranked) // 2)
-    gained = "".join(_pair(row) for row in ranked[:each])
-    lost = "".join(_pair(row) for row in reversed(ranked[len(ranked) - each :]))
-    return f"<h2>Largest gains</h2>{gained}<h2>Largest losses</h2>{lost}"
+    """The prompts whose mean score rose and fell most, with the responses of both."""
+    groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    number = -1
+    for row in rows:
+        number += row["sample"] == 0
+        groups[number].append(row)
+    gains = {
+        key: sum(row["policy_score"] - row["reference_score"] for row in group) / len(group)
+        for key, group in groups.items()
+    }
+    ranked = sorted(groups, key=lambda key: -gains[key])
+    gained = [key for key in ranked[:SHOWN_EACH_WAY] if gains[key] > 0]
+    lost = [key for key in ranked[::-1][:SHOWN_EACH_WAY] if gains[key] < 0]
+    return "".join(
+        f"<section><h2>{title}</h2>{''.join(_pairs(groups[key], gains[key]) for key in keys)}</section>"
+        for title, keys in (("Largest gains", gained), ("Largest losses", lost))
+        if keys
+    )
 
 
-def _pair(row: dict[str, Any]) -> str:
-    sides = "".join(
-        f"<div class='side'><div class='head'>{name} <span class='score'>{row[f'{name}_score']:+.2f}</span></div>"
-        f"<div class='text'><span class='prompt'>{_text(row['prompt'])}</span>{_text(row[name])}</div></div>"
+def _pairs(group: Sequence[dict[str, Any]], gain: float) -> str:
+    cells = "".join(
+        f"<div class='side {name}'><div class='head'>{name} "
+        f"<span class='score'>{row[f'{name}_score']:+.2f}</span></div>"
+        f"<div class='text'>{_cut(row[name].strip()) or '<em>empty</em>'}</div></div>"
+        for row in group[:SAMPLES_SHOWN]
         for name in ("reference", "policy")
     )
-    return f"<div class='pair'><div class='sides'>{sides}</div></div>"
+    kind = "up" if gain > 0 else "down"
+    return (
+        f"<article class='pair'><div class='prompt'><span class='gain {kind}'>{gain:+.2f}</span>"
+        f"<span class='text'>{_cut(group[0]['prompt'])}</span></div><div class='sides'>{cells}</div></article>"
+    )
 
 
-def _table(title: str, values: dict[str, Any], opened: bool = False) -> str:
+def _cut(text: str) -> str:
+    return _text(text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …")
+
+
+def _figures(evaluation: dict[str, Any]) -> str:
+    lines = ""
+    for name, key in (
+        ("Score", "score"),
+        ("Response length, tokens", "response_length"),
+        ("Share that ends by itself", "ended"),
+    ):
+        of = evaluation["metrics"][key]
+        lines += _line(name, _cell(of["reference"]), _cell(of["policy"]), _cell(of["gain"]))
+    for n in (1, 2):
+        before, after = evaluation[f"distinct{n}"]["reference"], evaluation[f"distinct{n}"]["policy"]
+        lines += _line(f"Distinct-{n}", f"{before:.3f}", f"{after:.3f}", f"{after - before:.3f}")
+    lines += _line("KL, nats per response (k1)", "", _cell(evaluation["kl"]), "")
+    lines += _line("KL, nats per response (k3)", "", _cell(evaluation["kl3"]), "")
+    lines += _line("Empty responses", "", f"{evaluation['empty_responses']:.1%}", "")
+    head = "<tr><th></th><th>reference</th><th>policy</th><th>gain</th></tr>"
+    table = f"<div class='wide'><table class='figures'>{head}{lines}</table></div>"
+    return f"<details><summary>All figures</summary>{table}</details>"
+
+
+def _cell(of: Mapping[str, float]) -> str:
+    return f"{of['mean']:.3f} <span class='soft'>{_interval(of, 3)}</span>"
+
+
+def _line(name: str, *cells: str) -> str:
+    return f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _lineage(lineage: Mapping[str, Any]) -> str:
     lines = "".join(
-        f"<tr><td>{_text(name)}</td><td class='number'>{_text(value)}</td></tr>"
-        for name, value in values.items()
+        f"<tr><th>{_text(name)}</th><td><code>{_text(value)}</code></td></tr>"
+        for name, value in lineage.items()
         if value is not None
     )
-    return f"<details{' open' if opened else ''}><summary>{title}</summary><table>{lines}</table></details>"
+    return f"<details open><summary>Lineage</summary><table>{lines}</table></details>"
+
+
+def _settings(settings: RunSettings) -> str:
+    usual = defaults()
+    lines = ""
+    for name, value in encode(settings).items():
+        changed = value != usual[name]
+        shown = "<span class='soft'>not set</span>" if value in ("", {}) else f"<code>{_text(value)}</code>"
+        if changed and usual[name] not in ("", {}):
+            shown += f" <span class='soft'>default {_text(usual[name])}</span>"
+        lines += f"<tr{' class=changed' if changed else ''}><th>{_text(name)}</th><td>{shown}</td></tr>"
+    summary = "<summary>Settings <small>bold where not the default</small></summary>"
+    return f"<details>{summary}<table>{lines}</table></details>"

@@ -82,7 +82,7 @@ def compare(policy: Samples, reference: Samples, k1: list[float], k3: list[float
         f"distinct{n}": {"policy": distinct(policy.responses, n), "reference": distinct(reference.responses, n)}
         for n in (1, 2)
     }
-    before2 = diversity["distinct2"]["reference"]
+    before2, after2 = diversity["distinct2"]["reference"], diversity["distinct2"]["policy"]
     return {
         "prompts": len(policy.scores) // samples,
         "samples_per_prompt": samples,
@@ -90,6 +90,7 @@ def compare(policy: Samples, reference: Samples, k1: list[float], k3: list[float
         "kl": interval(per_prompt(k1, samples)),
         "kl3": interval(per_prompt(k3, samples)),
         **diversity,
-        "distinct2_ratio": diversity["distinct2"]["policy"] / before2 if before2 else 0.0,
+        # A reference without word pairs has no diversity that could be lost.
+        "distinct2_ratio": after2 / before2 if before2 else 1.0,
         "empty_responses": sum(not response.strip() for response in policy.responses) / len(policy.responses),
     }

@@ -1,0 +1,196 @@
+"""The command line: ``rlhf-ppo run | fields | compile``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_ppo import __version__
+from rlhf_ppo.config import PRESETS, preset
+from rlhf_ppo.errors import InputError
+from rlhf_ppo.fields import parameters_of, runtime_fields_of
+from rlhf_ppo.parameters import (
+    GROUPS,
+    PARAMETERS,
+    decode,
+    defaults,
+    encode,
+    from_kfp,
+    parse_text,
+    to_kfp,
+    unknown_names,
+)
+
+RUN_HELP = """\
+Run the whole pipeline on this machine: the compiled package, with KFP's own local runner. All parameters are
+checked before anything starts. The exit code is 0 also when the gate holds the policy back, 2 when the input is
+wrong, 1 when a step fails, 130 when interrupted.
+
+example:
+  rlhf-ppo run --set model_name=HuggingFaceTB/SmolLM2-135M-Instruct --set query_dataset=prompts.jsonl \\
+      --set reward_model=my_reward:score --set batch_size=32 --set mini_batch_size=8 --set steps=480
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = _parser().parse_args(arguments)
+    try:
+        code: int = given.command(given)
+        return code
+    except InputError as error:
+        for problem in error.problems:
+            print(f"rlhf-ppo: {problem}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf-ppo", description="Fine-tune a language model with PPO.")
+    parser.add_argument("--version", action="version", version=f"rlhf-ppo {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="run | fields | compile")
+    run = commands.add_parser(
+        "run",
+        help="run the whole pipeline on this machine",
+        description=RUN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("--preset", choices=list(PRESETS), help="start from these values instead of the defaults")
+    run.add_argument("--parameters", metavar="FILE", help="YAML file of parameters; paths in it are seen from here")
+    run.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], help="one parameter; wins over the file; repeatable"
+    )
+    run.add_argument("--run-dir", metavar="DIR", help="new directory for the run; default: runs/DATE-TIME")
+    run.set_defaults(command=_run)
+    fields = commands.add_parser("fields", help="explain every parameter")
+    fields.add_argument("--markdown", action="store_true", help="as Markdown tables")
+    fields.set_defaults(command=_fields)
+    compiled = commands.add_parser("compile", help="write the compiled pipeline for a cluster")
+    compiled.add_argument("-o", "--output", metavar="FILE", help="YAML file to write; default: standard output")
+    compiled.set_defaults(command=_compile)
+    return parser
+
+
+def read_parameters(preset_name: str | None, file: str | None, texts: Sequence[str]) -> dict[str, Any]:
+    """All parameters in KFP's encoding: preset, then file, then NAME=VALUE texts.
+
+    Raises InputError with everything that is wrong.
+    """
+    problems: list[str] = []
+    values = {name: to_kfp(PARAMETERS[name], value) for name, value in preset(preset_name or "itrex").items()}
+    values |= _from_file(file, problems) if file else {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            problems.append(f"--set {text}: give NAME=VALUE")
+            continue
+        try:
+            values[name] = parse_text(name, value)
+        except InputError as error:
+            problems += error.problems
+    try:
+        settings = decode({**defaults(), **values})
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return encode(settings)
+
+
+def _from_file(file: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--parameters={file} can't be read: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--parameters={file} holds no parameters: give lines like batch_size: 32")
+    values = {}
+    for name, value in found.items():
+        wrong = unknown_names([str(name)])
+        if wrong:
+            problems += wrong
+            continue
+        parameter = PARAMETERS[name]
+        try:
+            # YAML takes 1e-5 for a text.
+            carried = parse_text(name, value) if isinstance(value, str) else to_kfp(parameter, value)
+            problem = parameter.problem(value if value is None else from_kfp(parameter, carried))
+        except (InputError, TypeError, ValueError) as error:
+            problem = str(error) if isinstance(error, InputError) else parameter.problem(value)
+        if problem:
+            problems.append(problem)
+        else:
+            values[name] = carried
+    return values
+
+
+def _run(given: argparse.Namespace) -> int:
+    parameters = read_parameters(given.preset, given.parameters, given.set)
+    from rlhf_pipelines import local, summary
+    from rlhf_pipelines.progress import Progress
+    from rlhf_ppo.config_validation.validate import validate_config
+
+    # The pipeline's first step does the same; here it comes before anything is written. Users' modules lie around here.
+    sys.path.insert(0, "")
+    validate_config(parameters)
+    directory = local.make_run_directory(given.run_dir)
+    progress = Progress()
+    try:
+        code = local.run(parameters, directory, progress.show)
+    except KeyboardInterrupt:
+        progress.close()
+        print(f"\ninterrupted; the run is in {directory}", file=sys.stderr)
+        return 130
+    progress.close()
+    failure = progress.last.get("step_failed")
+    if code == 0 and failure is None and not progress.open_steps:
+        (directory / "summary.json").write_text(json.dumps(progress.last, indent=1), encoding="utf-8")
+        print("\n" + summary.succeeded(progress.last, directory))
+        return 0
+    print("\n" + summary.failed(failure, progress.open_steps, directory), file=sys.stderr)
+    return 2 if failure and failure["input_error"] else 1
+
+
+def _fields(given: argparse.Namespace) -> int:
+    if given.markdown:
+        from rlhf_pipelines.generate import table
+
+        print(table())
+        return 0
+    from rlhf_ppo.descriptions import describe
+
+    width = max(60, min(110, shutil.get_terminal_size().columns))
+    values = defaults()
+    for group in GROUPS.values():
+        print(f"\n{(group.__doc__ or '').splitlines()[0]}\n")
+        for parameter in parameters_of(group):
+            print(f"  {parameter.name} ({parameter.type.__name__}, {json.dumps(values[parameter.name])})")
+            print(textwrap.fill(describe(parameter), width, initial_indent="      ", subsequent_indent="      "))
+    print("\nFilled by the trainer, can't be set\n")
+    for name, meaning in runtime_fields_of(GROUPS["ppo"]):
+        print(f"  {name}: {meaning}")
+    return 0
+
+
+def _compile(given: argparse.Namespace) -> int:
+    from rlhf_pipelines.compile import COMPILED
+
+    text = COMPILED.read_text(encoding="utf-8")
+    if given.output:
+        Path(given.output).write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

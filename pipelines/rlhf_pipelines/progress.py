@@ -1,0 +1,88 @@
+"""What the steps tell while they run: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 5.0
+"""Plain lines of steps that don't train come at most this often."""
+BAR = "{desc:<20}{bar:24} {n_fmt}/{total_fmt} {postfix} {remaining} left"
+
+
+class Progress:
+    """Shows events, and remembers what the summary needs: the last of each kind, and the steps that never ended."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stdout
+        self.live = self.stream.isatty()
+        self.last: dict[str, dict[str, Any]] = {}
+        self.open_steps: list[str] = []
+        self._bar: Any = None
+        self._started = 0.0
+        self._spoke = 0.0
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Take in one event."""
+        kind = event.get("kind", "")
+        if kind == "step_started":
+            self.open_steps.append(event["step"])
+        elif kind in ("step_finished", "step_failed"):
+            self.open_steps.remove(event["step"])
+        if kind == "step_failed" and "step_failed" in self.last:
+            return  # the first failure is the cause
+        self.last[kind] = event
+        if kind == "step_started":
+            self._started = self._spoke = time.monotonic()
+            if self.live:
+                self._say(f"{event['step']} …", end="\r")
+        elif kind == "progress":
+            self._advance(event)
+        elif kind == "step_finished":
+            self.close()
+            self._say(f"{event['step']:<20}done in {_duration(event['seconds'])}")
+        elif kind == "step_failed":
+            self.close()
+            self._say(f"{event['step']:<20}failed after {_duration(event['seconds'])}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.leave = False
+            self._bar.close()
+            self._bar = None
+
+    def _advance(self, event: dict[str, Any]) -> None:
+        numbers = {name: _short(value) for name, value in event.get("numbers", {}).items()}
+        if self.live:
+            if self._bar is None:
+                self._bar = tqdm(total=event["total"], desc=event["step"], file=self.stream, bar_format=BAR)
+            self._bar.set_postfix_str("  ".join(f"{name} {value}" for name, value in numbers.items()), refresh=False)
+            self._bar.n = event["done"]
+            self._bar.refresh()
+            return
+        now = time.monotonic()
+        if not numbers and event["done"] < event["total"] and now - self._spoke < QUIET_SECONDS:
+            return
+        self._spoke = now
+        left = (now - self._started) / event["done"] * (event["total"] - event["done"])
+        said = "".join(f"  {name} {value}" for name, value in numbers.items())
+        ending = f"  {_duration(left)} left" if event["done"] < event["total"] else ""
+        self._say(f"{event['step']:<20}{event['done']}/{event['total']} {event['unit']}{said}{ending}")
+
+    def _say(self, text: str, end: str = "\n") -> None:
+        # On a terminal the line may overwrite a longer one.
+        print(f"{text:<60}" if self.live else text, end=end, file=self.stream, flush=True)
+
+
+def _short(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
