@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on one machine, on a real model (make demo SEED=1 for another seed)
 # make test   style, types, generated files and tests
+# make test-matrix   the training tests with transformers 4.55
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0

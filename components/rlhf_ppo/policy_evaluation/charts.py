@@ -180,7 +180,7 @@ def _figure(
     """``numbers`` stand in the caption's corner; with ``keys`` each beside its colour and name."""
     shown = "".join(
         f'<span class="{f"key s{colour}" if keys else "last"}">{escape(name) + " " if keys else prefix}'
-        f"<b>{value:.3g}</b></span>"
+        f"<b>{value:.{3 if abs(value) >= 0.1 else 2}g}</b></span>"
         for colour, (name, value) in zip(colours, numbers.items(), strict=False)
     )
     return (

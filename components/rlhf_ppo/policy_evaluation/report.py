@@ -88,51 +88,53 @@ def _interval(of: Mapping[str, float], digits: int = 2) -> str:
 
 
 def _cards(evaluation: dict[str, Any], settings: RunSettings) -> str:
-    score, length = evaluation["metrics"]["score"], evaluation["metrics"]["response_length"]
-    two, kl, gain, ratio = evaluation["distinct2"], evaluation["kl"], score["gain"], evaluation["distinct2_ratio"]
-    ended = evaluation["metrics"]["ended"]["policy"]["mean"]
-    both = [(REFERENCE, score["reference"]), (POLICY, score["policy"])]
-    lengths = [(REFERENCE, length["reference"]), (POLICY, length["policy"])]
-    point = {"low": ratio, "mean": ratio, "high": ratio}
+    metrics, kl, ratio, gate = evaluation["metrics"], evaluation["kl"], evaluation["distinct2_ratio"], settings.gate
+    score, length, two = metrics["score"], metrics["response_length"], evaluation["distinct2"]
+    gain, kept = score["gain"], dict.fromkeys(("low", "mean", "high"), ratio)
+    keys = f"<span class='key s{REFERENCE}'>reference</span> <span class='key s{POLICY}'>policy</span>"
     cards = (
-        (
-            "Mean score",
-            f"{score['reference']['mean']:.2f} → {score['policy']['mean']:.2f}",
-            "<span class='key s1'>reference</span> <span class='key s0'>policy</span>",
-            strip(both),
-        ),
-        (
+        _card("Mean score", _change(score, 2), keys, _both(score)),
+        _card(
             "Gain",
             f"{gain['mean']:+.2f}",
             f"score {_interval(gain)}",
-            strip([(POLICY, gain)], settings.gate.gate_min_score_gain, "needs more than"),
+            strip([(POLICY, gain)], gate.gate_min_score_gain, "needs more than"),
         ),
-        (
+        _card(
             "KL to the reference",
             f"{kl['mean']:.1f}",
             f"nats per response {_interval(kl, 1)}",
-            strip([(POLICY, kl)], settings.gate.gate_max_kl, "needs less than"),
+            strip([(POLICY, kl)], gate.gate_max_kl, "needs less than"),
         ),
-        (
+        _card(
             "Distinct word pairs",
             f"{two['reference']:.2f} → {two['policy']:.2f}",
             f"{ratio:.0%} of the reference's",
-            strip([(POLICY, point)], settings.gate.gate_min_distinct2, "needs at least"),
+            strip([(POLICY, kept)], gate.gate_min_distinct2, "needs at least"),
         ),
-        (
+        _card(
             "Response length",
-            f"{length['reference']['mean']:.1f} → {length['policy']['mean']:.1f}",
-            f"tokens; {ended:.0%} end by themselves",
-            strip(lengths),
+            _change(length, 1),
+            f"tokens; {metrics['ended']['policy']['mean']:.0%} end by themselves",
+            _both(length),
         ),
     )
-    return "<section class='cards'>{}</section>".format(
-        "".join(
-            f"<div class='card'><div class='name'>{name}</div><div class='value'>{value}</div>"
-            f"<div class='note'>{note}</div>{picture}</div>"
-            for name, value, note, picture in cards
-        )
+    return f"<section class='cards'>{''.join(cards)}</section>"
+
+
+def _card(name: str, value: str, note: str, picture: str) -> str:
+    return (
+        f"<div class='card'><div class='name'>{name}</div><div class='value'>{value}</div>"
+        f"<div class='note'>{note}</div>{picture}</div>"
     )
+
+
+def _change(of: Mapping[str, Mapping[str, float]], digits: int) -> str:
+    return f"{of['reference']['mean']:.{digits}f} → {of['policy']['mean']:.{digits}f}"
+
+
+def _both(of: Mapping[str, Mapping[str, float]]) -> str:
+    return strip([(REFERENCE, of["reference"]), (POLICY, of["policy"])])
 
 
 def _curves(history: Sequence[dict[str, float]]) -> str:
@@ -167,7 +169,7 @@ def _distributions(rows: Sequence[dict[str, Any]]) -> str:
     gains = [after - before for after, before in zip(scores["policy"], scores["reference"], strict=True)]
     charts = (
         histogram("Score", scores, colours=(REFERENCE, POLICY))
-        + histogram("Gain", {"gain": gains}, "policy − reference, by pair")
+        + histogram("Gain", {"gain": gains}, "of each pair")
         + histogram("KL", {"KL": [float(row["kl"]) for row in rows]}, "nats per response")
     )
     return f"<section><h2>Held-out responses</h2><div class='charts'>{charts}</div></section>"
