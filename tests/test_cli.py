@@ -227,6 +227,8 @@ def test_fields_compile_and_version(here: Path) -> None:
     fields = cli(here, "fields").stdout
     assert "learning_rate (float, 1e-05)" in fields and "world_size" in fields
     assert "| `learning_rate` | float | `1e-05` |" in cli(here, "fields", "--markdown").stdout
-    cli(here, "compile", "-o", "ppo.yaml")
+    cli(here, "compile", "-o", "ppo.yaml", "--image", "registry.example/ppo:1")
+    text = (here / "ppo.yaml").read_text()
+    assert text.count("image: registry.example/ppo:1\n") == 8 and "image: rlhf-ppo/" not in text
     assert next(yaml.safe_load_all((here / "ppo.yaml").read_text()))["pipelineInfo"]["name"] == "rlhf-ppo"
     assert cli(here, "--version").stdout.startswith("rlhf-ppo 0.")

@@ -7,4 +7,4 @@ from __future__ import annotations
 
 from rlhf_ppo import __version__
 
-CPU_IMAGE = f"ghcr.io/rlhf-ppo/cpu:{__version__}"
+CPU_IMAGE = f"rlhf-ppo/cpu:{__version__}"

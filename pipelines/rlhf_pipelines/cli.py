@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     fields.set_defaults(command=_fields)
     compiled = commands.add_parser("compile", help="write the compiled pipeline for a cluster")
     compiled.add_argument("-o", "--output", metavar="FILE", help="YAML file to write; default: standard output")
+    compiled.add_argument("--image", help="image of your registry that all steps run in, built from images/")
     compiled.set_defaults(command=_compile)
     return parser
 
@@ -183,8 +184,11 @@ def _fields(given: argparse.Namespace) -> int:
 
 def _compile(given: argparse.Namespace) -> int:
     from rlhf_pipelines.compile import COMPILED
+    from rlhf_ppo.images import CPU_IMAGE
 
     text = COMPILED.read_text(encoding="utf-8")
+    if given.image:
+        text = text.replace(f"image: {CPU_IMAGE}\n", f"image: {given.image}\n")
     if given.output:
         Path(given.output).write_text(text, encoding="utf-8")
     else:

@@ -1,0 +1,117 @@
+"""The gate: every check passes or holds with its reason, and nothing that is not a number gets through."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ppo.policy_evaluation.gate import decide, gate
+from rlhf_ppo.settings import GateSettings
+
+GOOD: dict[str, Any] = {
+    "prompts": 64,
+    "samples_per_prompt": 2,
+    "metrics": {
+        "score": {
+            "policy": {"mean": 1.0, "low": 0.9, "high": 1.1},
+            "reference": {"mean": 0.5, "low": 0.4, "high": 0.6},
+            "gain": {"mean": 0.5, "low": 0.3, "high": 0.7},
+        }
+    },
+    "kl": {"mean": 6.0, "low": 5.0, "high": 7.0},
+    "kl3": {"mean": 6.5, "low": 5.5, "high": 7.5},
+    "distinct2_ratio": 0.9,
+    "empty_responses": 0.0,
+}
+FIGURES = [
+    *(f"metrics.score.{who}.{end}" for who in ("policy", "reference", "gain") for end in ("mean", "low", "high")),
+    *(f"{name}.{end}" for name in ("kl", "kl3") for end in ("mean", "low", "high")),
+    "distinct2_ratio",
+    "empty_responses",
+]
+
+
+def found(name: str = "", value: Any = None) -> dict[str, Any]:
+    """A good evaluation in which one figure, named with dots, is another."""
+    evaluation = copy.deepcopy(GOOD)
+    if name:
+        *path, last = name.split(".")
+        inner = evaluation
+        for key in path:
+            inner = inner[key]
+        inner[last] = value
+    return evaluation
+
+
+def held(evaluation: dict[str, Any], **settings: Any) -> list[str]:
+    """What is held; the verdict is passed exactly when nothing is."""
+    verdict = decide(evaluation, GateSettings(**settings))
+    reasons = [reason for reason in verdict.reasons if reason.startswith("held: ")]
+    assert verdict.passed == (not reasons)
+    assert all(reason.startswith(("passed: ", "held: ")) for reason in verdict.reasons)
+    return reasons
+
+
+def test_a_good_policy_passes_and_every_check_is_told_with_its_parameter() -> None:
+    verdict = decide(found(), GateSettings())
+    assert verdict.passed
+    told = " ".join(verdict.reasons)
+    for parameter in ("gate_min_prompts=50", "gate_min_score_gain=0", "gate_max_kl=25", "gate_min_distinct2=0.7"):
+        assert told.count(parameter) == 1
+
+
+def test_a_reason_says_what_was_found_and_what_it_is_not() -> None:
+    evaluation = found("metrics.score.gain", {"mean": 0.12, "low": -0.03, "high": 0.27})
+    assert held(evaluation) == [
+        "held: score gain 0.12 [-0.03, 0.27]: the lower end is not above gate_min_score_gain=0"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("figure", "last_good", "first_bad", "parameter"),
+    [
+        ("prompts", 50, 49, "gate_min_prompts"),
+        ("metrics.score.gain.low", 1e-9, 0.0, "gate_min_score_gain"),
+        ("kl.high", 24.999, 25.0, "gate_max_kl"),
+        ("distinct2_ratio", 0.7, 0.699, "gate_min_distinct2"),
+    ],
+)
+def test_each_limit_holds_where_its_help_says(figure: str, last_good: float, first_bad: float, parameter: str) -> None:
+    assert held(found(figure, last_good)) == []
+    (reason,) = held(found(figure, first_bad))
+    assert parameter in reason
+
+
+def test_limits_are_the_settings() -> None:
+    assert held(found(), gate_min_score_gain=0.3, gate_max_kl=7.0, gate_min_distinct2=0.95, gate_min_prompts=65) == [
+        "held: 64 held-out prompts: that is not at least gate_min_prompts=65",
+        "held: score gain 0.5 [0.3, 0.7]: the lower end is not above gate_min_score_gain=0.3",
+        "held: KL 6 [5, 7] nats per response: the upper end is not below gate_max_kl=7",
+        "held: distinct-2 0.9 times the reference's: that is not at least gate_min_distinct2=0.95",
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_figure_that_is_not_finite_is_held_by_name(figure: str, value: float) -> None:
+    assert f"held: {figure} is not a finite number" in held(found(figure, value))
+
+
+def test_a_policy_that_says_nothing_is_held() -> None:
+    (reason,) = held(found("empty_responses", 1.0), gate_min_distinct2=0.0)
+    assert "100%" in reason
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_the_step_returns_the_stored_verdict_and_tells_its_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], passed: bool
+) -> None:
+    stored = {"verdict": {"passed": passed, "reasons": ["passed: first", "held: second"]}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(stored), encoding="utf-8")
+    assert gate(tmp_path) is passed
+    assert capsys.readouterr().out == "passed: first\nheld: second\n"
