@@ -125,10 +125,10 @@ def write_gguf(path: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     words = [token for token, _ in sorted(word_tokenizer().get_vocab().items(), key=lambda item: item[1])]
-    words[3:6] = ["w", "3", "w3"]
+    words[3:8] = ["w", "3", "w3", "4", "w4"]
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 3] + [1] * (len(words) - 3))
-    writer.add_token_merges(["w 3"])
+    writer.add_token_merges(["w 3", "w 4"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)

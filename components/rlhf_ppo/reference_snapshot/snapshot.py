@@ -77,10 +77,11 @@ def _convert_gguf(source: Path, directory: Path) -> None:
     # transformers 5 takes the dequantised model for a quantised one and won't save it.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    ends["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ends = _special_tokens(source)
     for key, value in ends.items():
         setattr(config, key, value)
+        # transformers 4 takes the beginning for the end here.
+        setattr(tokenizer, key.removesuffix("_id"), tokenizer.convert_ids_to_tokens(value))
     plain = type(loaded)(config)
     weights = {name: value.float() for name, value in loaded.state_dict().items()}
     missing, unexpected = plain.float().load_state_dict(weights, strict=False)
@@ -90,6 +91,21 @@ def _convert_gguf(source: Path, directory: Path) -> None:
     plain.generation_config = GenerationConfig(**ends)
     plain.save_pretrained(directory, safe_serialization=True)
     tokenizer.save_pretrained(directory)
+
+
+def _special_tokens(source: Path) -> dict[str, int]:
+    """The ids of the special tokens as the file itself says; what pads is the end where nothing else is named."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(source)
+    found = {}
+    for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            found[name] = int(field.contents())
+    if "eos_token_id" in found:
+        found.setdefault("pad_token_id", found["eos_token_id"])
+    return found
 
 
 def _copy(model_name: str, source: Path, directory: Path) -> None:
