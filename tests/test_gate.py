@@ -67,9 +67,7 @@ def test_a_good_policy_passes_and_every_check_is_told_with_its_parameter() -> No
 
 def test_a_reason_says_what_was_found_and_what_it_is_not() -> None:
     evaluation = found("metrics.score.gain", {"mean": 0.12, "low": -0.03, "high": 0.27})
-    assert held(evaluation) == [
-        "held: score gain 0.12 [-0.03, 0.27]: the lower end is not above gate_min_score_gain=0"
-    ]
+    assert held(evaluation) == ["held: score gain 0.12 [-0.03, 0.27]: the lower end is not above gate_min_score_gain=0"]
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,7 @@ def step_run(inputs: Path, experiment: str) -> Any:
 
     client = MlflowClient(f"sqlite:///{inputs}/mlflow/mlflow.db")
     found = client.get_experiment_by_name(experiment)
+    assert found is not None
     (run,) = client.search_runs([found.experiment_id], "tags.rlhf_ppo.step = 'evaluate_policy'")
     return run
 
