@@ -76,6 +76,7 @@ def test_one_run_for_the_pipeline_and_one_in_it_for_the_step(running: MLflowServ
         tracker.log_table("samples", [{"prompt": "p", "score": 1.0}])
         tracker.log_artifact(tmp_path / "report.html", "reports")
         tracker.log_dataset("prompts", "d" * 64, "prompts.jsonl", "training")
+        tracker.log_summary({"score_gain": 0.25})
     conclude_run("a", "SUCCEEDED", "", mlflow_tracking_uri=running.url, experiment="tests")
     client = running.client()
     step, parent = run_of(client, "a"), run_of(client, "a", "pipeline")
@@ -83,6 +84,9 @@ def test_one_run_for_the_pipeline_and_one_in_it_for_the_step(running: MLflowServ
     assert (step.info.status, parent.info.status) == ("FINISHED", "FINISHED")
     assert step.data.params == {"learning_rate": "1e-05", "tracker_kwargs/a_b": "x"}
     assert history(client, step, "ppo/loss/total") == {3: 0.5}
+    assert parent.data.metrics == {"score_gain": 0.25} and "score_gain" not in step.data.metrics
+    experiment = client.get_experiment(step.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert "bad" in step.data.metrics and "words" not in step.data.metrics
     names = {file.path for file in client.list_artifacts(step.info.run_id)}
     assert names == {"samples.json", "reports", "params"}

@@ -109,6 +109,11 @@ def test_the_tracker_has_every_step_and_the_config(inputs: Path) -> None:
     (step,) = client.search_runs([experiment.experiment_id], "tags.`rlhf_ppo.step` = 'train_ppo'")
     assert len(client.get_metric_history(step.info.run_id, "objective/kl")) == 3
     assert step.data.params["batch_size"] == "8" and step.data.params["world_size"] == "1"
+    manifest = json.loads((inputs / "prompts" / "manifest.json").read_text())
+    assert step.inputs.dataset_inputs[0].dataset.digest == manifest["digest"][:36]
+    assert step.data.tags["prompts.train"] == str(manifest["train"])
+    parent = client.get_run(step.data.tags["mlflow.parentRunId"])
+    assert parent.info.run_name == "rlhf-ppo run-1"
 
 
 def test_the_same_seed_trains_the_same_policy(inputs: Path) -> None:

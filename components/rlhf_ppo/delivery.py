@@ -20,6 +20,8 @@ REFUSED = {
 }
 """MLflow's words for calls that no repetition will make good."""
 LARGEST_BATCH = 1000
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Lets MLflow's pages open with runs and metrics instead of traces."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def experiment_of(client: Any, uri: str, name: str) -> str:
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow-artifacts" / name).as_uri()
     try:
-        return str(client.create_experiment(name, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS))
     except Exception:
         # Another step may have made it in the meantime.
         found = client.get_experiment_by_name(name)
@@ -89,7 +91,7 @@ class Delivery:
         self.spool, self.mark = directory / "spool.jsonl", directory / "sent"
         self.answers = True
         self._client: Any = None
-        self._run: str = ""
+        self._run = self._parent = ""
         self._destination: Destination | None = None
 
     def unsent(self) -> bool:
@@ -149,7 +151,7 @@ class Delivery:
             self._run = self._find_or_make_run(self._destination)
         try:
             if calls[0]["kind"] == "metrics":
-                self._send_metrics([value for call in calls for value in call["values"]])
+                self._send_metrics([value for call in calls for value in call["values"]], self._run)
             else:
                 for call in calls:
                     self._send_one(call)
@@ -162,7 +164,7 @@ class Delivery:
         if to.injected_run:
             self._client.set_tag(to.injected_run, "rlhf_ppo.step", to.step)
             return to.injected_run
-        parent = parent_run(self._client, to.uri, to.experiment, to.pipeline_run, to.run_name)
+        self._parent = parent = parent_run(self._client, to.uri, to.experiment, to.pipeline_run, to.run_name)
         experiment_id = experiment_of(self._client, to.uri, to.experiment)
         tags = {"rlhf_ppo.run_id": to.pipeline_run, "rlhf_ppo.step": to.step, "mlflow.parentRunId": parent}
         found = _find_run(self._client, experiment_id, tags)
@@ -175,12 +177,12 @@ class Delivery:
         )
         return found
 
-    def _send_metrics(self, values: list[list[Any]]) -> None:
+    def _send_metrics(self, values: list[list[Any]], run: str) -> None:
         from mlflow.entities import Metric
 
         metrics = [Metric(name, float(value), when, step) for name, value, when, step in values]
         for start in range(0, len(metrics), LARGEST_BATCH):
-            self._client.log_batch(self._run, metrics=metrics[start : start + LARGEST_BATCH])
+            self._client.log_batch(run, metrics=metrics[start : start + LARGEST_BATCH])
 
     def _send_one(self, call: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
@@ -192,6 +194,8 @@ class Delivery:
                 self._client.log_batch(self._run, params=params[start : start + 100])
         elif kind == "tags":
             self._client.log_batch(self._run, tags=[RunTag(name, value) for name, value in call["values"].items()])
+        elif kind == "summary":
+            self._send_metrics(call["values"], self._parent or self._run)
         elif kind == "artifact":
             self._client.log_artifact(self._run, str(self.directory / call["file"]), call["folder"] or None)
         elif kind == "dataset":

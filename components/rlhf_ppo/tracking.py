@@ -79,8 +79,9 @@ class Tracker:
             raise InputError('tracking needs mlflow: pip install "rlhf-ppo[train]"')
         uri, injected = default_uri(tracking_uri), os.environ.get("MLFLOW_RUN_ID", "")
         kwargs = settings.ppo.tracker_kwargs.get("mlflow", {}) if settings else {}
+        name = f"{settings.ppo.exp_name} {run_id}" if settings else run_id
         destination = Destination(
-            step, run_id, uri, experiment, injected, kwargs.get("run_name", ""), kwargs.get("tags", {})
+            step, run_id, uri, experiment, injected, kwargs.get("run_name") or name, kwargs.get("tags", {})
         )
         return cls(destination, spool, settings)
 
@@ -96,9 +97,11 @@ class Tracker:
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
         """Log the numbers among ``metrics``; nan and inf are kept."""
-        now = int(time.time() * 1000)
-        numbers = [(_name(name), number) for name, value in metrics.items() if (number := _number(value)) is not None]
-        self._write("metrics", values=[[name, str(value), now, int(step)] for name, value in numbers])
+        self._write("metrics", values=_points(metrics, step))
+
+    def log_summary(self, metrics: Mapping[str, Any]) -> None:
+        """Log the figures that stand for the whole pipeline, on its run, where they can be compared over runs."""
+        self._write("summary", values=_points(metrics, 0))
 
     def log_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; those that are None are left out."""
@@ -191,6 +194,13 @@ class Tracker:
                 self._wake.wait()
                 self._wake.clear()
             self._stop.wait(pause)
+
+
+def _points(metrics: Mapping[str, Any], step: int) -> list[list[Any]]:
+    """Name, value, time and step of each number among ``metrics``."""
+    now = int(time.time() * 1000)
+    numbers = [(_name(name), number) for name, value in metrics.items() if (number := _number(value)) is not None]
+    return [[name, str(value), now, int(step)] for name, value in numbers]
 
 
 def _name(name: str) -> str:

@@ -207,6 +207,7 @@ def _track(
     tracker: Tracker, settings: RunSettings, found: dict[str, Any], rows: list[dict[str, Any]], evaluation: Path
 ) -> None:
     tracker.log_metrics({f"eval/{name}": value for name, value in _headline(found).items()})
+    tracker.log_summary(_headline(found))
     tracker.log_tags({"rlhf_ppo.gate": "passed" if found["verdict"]["passed"] else "held"})
     tracker.log_table("samples", rows[:TRACKED_SAMPLES])
     digest = found["lineage"]["prompts digest"] or ""

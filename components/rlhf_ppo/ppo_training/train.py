@@ -54,6 +54,10 @@ def train_ppo(
         spool=Path(os.environ.get("RLHF_PPO_SPOOL") or tempfile.mkdtemp(prefix="rlhf-ppo-spool-")),
     ) as tracker:
         tracker.log_params(trainer.config.to_dict())
+        manifest = read_json(prompts / "manifest.json")
+        tracker.log_dataset("prompts", manifest.get("digest", ""), str(settings.ppo.query_dataset), "training")
+        tracker.log_tags({f"prompts.{name}": count for name, count in manifest.get("counts", {}).items()})
+        tracker.log_tags({"reference.digest": read_json(reference / "digest.json").get("digest")})
         with complete_directory(policy) as unfinished:
             recorder = Recorder(settings, trainer, tracker, unfinished)
             train(
@@ -66,7 +70,6 @@ def train_ppo(
             )
             metrics = recorder.save(reference, prompts)
         _write_whole(history, "".join(json.dumps(line) + "\n" for line in recorder.lines))
-        tracker.log_metrics({f"final/{name}": value for name, value in metrics.items()}, step=trainer.steps_done)
     return metrics
 
 
@@ -214,8 +217,8 @@ class Recorder:
         }
         lineage = {
             "base": self.settings.ppo.model_name,
-            "reference_digest": _digest(reference / "digest.json"),
-            "prompts_digest": _digest(prompts / "manifest.json"),
+            "reference_digest": read_json(reference / "digest.json").get("digest"),
+            "prompts_digest": read_json(prompts / "manifest.json").get("digest"),
             "reward_model": self.settings.ppo.reward_model,
             "best_step": self.best_step if self.best_step >= 0 else None,
             "metrics": metrics,
@@ -241,5 +244,7 @@ def save_merged(model: Any, directory: Path) -> None:
     base.save_pretrained(directory, state_dict=weights, safe_serialization=True)
 
 
-def _digest(path: Path) -> str | None:
-    return json.loads(path.read_text(encoding="utf-8")).get("digest") if path.exists() else None
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, or an empty one where there is no file."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
