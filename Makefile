@@ -1,7 +1,7 @@
 # make demo   the whole pipeline on one machine, on a real model (make demo SEED=1 for another seed)
 # make test   style, types, generated files and tests
 # make test-matrix   the training tests with transformers 4.55
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 SEED ?= 0
 RUN = $(VENV)/bin
@@ -10,6 +10,8 @@ export OMP_WAIT_POLICY = passive
 export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# Two installations into one environment at the same time break it.
+.NOTPARALLEL:
 .PHONY: demo test test-matrix lint generate clean
 
 demo: $(VENV)/.demo
@@ -28,13 +30,14 @@ lint: $(VENV)/.dev
 generate: $(VENV)/.dev
 	$(RUN)/python -m rlhf_pipelines.generate
 
-# The same tests of the training side with the transformers that optimum-habana pins.
+# The same tests of the training side with the transformers that optimum-habana pins; and whether the pins still fit.
 test-matrix: $(VENV)-4.55/.ready
 	OMP_NUM_THREADS=1 $(VENV)-4.55/bin/python -m pytest -q -n 2 --dist loadfile $(TORCH_TESTS)
+	$(VENV)-4.55/bin/python -m pytest -q -m index tests/test_packaging.py
 
 TORCH_TESTS = tests/test_config.py tests/test_ppo_math.py tests/test_ppo_trainer.py tests/test_rewards.py \
 	tests/test_training.py tests/test_reference_snapshot.py tests/test_dataset_preparation.py \
-	tests/test_policy_evaluation.py
+	tests/test_policy_evaluation.py tests/test_hub_push.py
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

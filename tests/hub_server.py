@@ -1,7 +1,4 @@
-"""A model hub on localhost, in memory, for the real huggingface_hub: just what a push and a load ask for.
-
-``faults`` makes it fail: (method, part of the path, status, how often, whether the request takes effect all the same).
-"""
+"""A model hub on localhost, in memory, for the real huggingface_hub: just what a push and a load ask for."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,11 +14,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
+CUT = 0  # the status of a Fault that closes the connection
 
 
 @dataclass
 class Fault:
-    """``times`` requests answered with ``status``; with ``takes_effect`` only the answer is lost."""
+    """``times`` requests answered with ``status`` or, for CUT, not at all; what one asked may take effect even so."""
 
     method: str
     path: str
@@ -29,23 +28,33 @@ class Fault:
     takes_effect: bool = False
 
 
+Commit = tuple[str, str, dict[str, bytes]]
+
+
 @dataclass
 class Repository:
-    """Its commits, newest last: (commit, title, files by name)."""
+    """The commits of its branches, newest last: (commit, title, files by name)."""
 
     private: bool
-    commits: list[tuple[str, str, dict[str, bytes]]] = field(default_factory=list)
+    branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": []})
 
-    def commit(self, title: str, files: dict[str, bytes]) -> str:
-        name = hashlib.sha1(f"{len(self.commits)}{title}".encode()).hexdigest()
-        self.commits.append((name, title, files))
+    @property
+    def commits(self) -> list[Commit]:
+        """Those of the main branch."""
+        return self.branches["main"]
+
+    def commit(self, title: str, files: dict[str, bytes], branch: str = "main") -> str:
+        name = hashlib.sha1(f"{branch}{len(self.branches[branch])}{title}".encode()).hexdigest()
+        self.branches[branch].append((name, title, files))
         return name
 
-    def at(self, revision: str) -> tuple[str, str, dict[str, bytes]] | None:
-        """The commit that a revision names."""
-        if revision == "main":
-            return self.commits[-1]
-        return next((commit for commit in self.commits if commit[0] == revision), None)
+    def until(self, revision: str) -> list[Commit]:
+        """The commits up to the one that a branch or a commit names."""
+        for name, commits in self.branches.items():
+            for number, commit in enumerate(commits, 1):
+                if revision == commit[0] or (revision == name and number == len(commits)):
+                    return commits[:number]
+        raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
 
 class Hub:
@@ -59,7 +68,6 @@ class Hub:
         self.paths: list[str] = []
         handler = type("Bound", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -101,6 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
             fault.times -= 1
         try:
             found = self._route(path, body) if fault is None or fault.takes_effect else None
+            if fault and fault.status == CUT:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
             if fault:
                 raise Refused(fault.status, "fault")
             content, headers = found if isinstance(found, tuple) else (json.dumps(found).encode(), {})
@@ -180,10 +191,13 @@ class _Handler(BaseHTTPRequestHandler):
         return json.dumps({"transfer": "basic", "objects": objects}).encode()
 
     def _api(self, repository: Repository, name: str, what: str, revision: str, body: bytes) -> Any:
-        found = repository.at(revision)
-        if found is None:
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        commit, _, files = found
+        if what == "branch":
+            if revision in repository.branches:
+                raise Refused(409, "Reference already exists")
+            repository.branches[revision] = list(repository.commits)
+            return {}
+        commits = repository.until(revision)
+        commit, _, files = commits[-1]
         if what == "revision":
             siblings = [{"rfilename": file} for file in sorted(files)]
             return {"id": name, "modelId": name, "sha": commit, "private": repository.private, "siblings": siblings,
@@ -191,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "commits":
             return [
                 {"id": id_, "title": title, "message": "", "date": "2026-01-01T00:00:00.000Z", "authors": []}
-                for id_, title, _ in reversed(repository.commits)
+                for id_, title, _ in reversed(commits)
             ]
         if what == "tree":
             return [
@@ -205,10 +219,10 @@ class _Handler(BaseHTTPRequestHandler):
                  "uploadMode": "lfs" if f["path"].endswith(WEIGHTS) else "regular"} for f in asked
             ]}  # fmt: skip
         if what == "commit":
-            return self._commit(name, dict(files), commit, body)
+            return self._commit(name, revision, dict(files), commit, body)
         raise Refused(404, f"no route for {what}")
 
-    def _commit(self, name: str, files: dict[str, bytes], head: str, body: bytes) -> Any:
+    def _commit(self, name: str, branch: str, files: dict[str, bytes], head: str, body: bytes) -> Any:
         title = ""
         for line in body.splitlines():
             item = json.loads(line)
@@ -223,16 +237,13 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.blobs[value["oid"]]
             elif item["key"] == "deletedFile":
                 files.pop(value["path"])
-        made = self.hub.repositories[name].commit(title, files)
-        url = f"{self.hub.url}/{name}/commit/{made}"
-        return {"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""}
+        made = self.hub.repositories[name].commit(title, files, branch)
+        return {"success": True, "commitOid": made, "commitUrl": f"{self.hub.url}/{name}/commit/{made}"}
 
     def _file(self, repository: Repository, revision: str, name: str) -> Any:
-        found = repository.at(revision)
-        if found is None:
-            raise Refused(404, "Invalid rev id", "RevisionNotFound")
-        if name not in found[2]:
+        commit, _, files = repository.until(revision)[-1]
+        if name not in files:
             raise Refused(404, "Entry not found", "EntryNotFound")
-        data = found[2][name]
+        data = files[name]
         etag = hashlib.sha256(data).hexdigest()
-        return data, {"X-Repo-Commit": found[0], "ETag": f'"{etag}"', "Content-Type": "application/octet-stream"}
+        return data, {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Content-Type": "application/octet-stream"}

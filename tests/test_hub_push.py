@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
-from hub_server import Fault, Hub
+from hub_server import CUT, Commit, Fault, Hub, Repository
+from rlhf_ppo.hub_push.card import model_card, shown
 from rlhf_ppo.parameters import decode
 from tiny_models import llama, word_tokenizer
 
@@ -43,12 +45,19 @@ def outputs(tmp_path: Path) -> Path:
     word_tokenizer().save_pretrained(policy)
     (policy / "training.json").write_text("{}")
     (policy / "value_head.safetensors").write_bytes(b"x")
-    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    (policy / "adapter").mkdir()
+    (policy / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    found = {
+        "policy": {"mean": 0.5},
+        "reference": {"mean": -0.25},
+        "gain": {"mean": 0.75, "low": 0.4, "high": 1.125},
+    }
     results = {
         "prompts": 64,
-        "metrics": {"score": {"policy": interval, "reference": interval, "gain": interval}},
-        "kl": interval,
-        "lineage": {"prompts": "abc"},
+        "metrics": {"score": found, "response_length": found},
+        "kl": {"mean": 3.0},
+        "distinct2_ratio": 0.97,
+        "lineage": {"model": "org/base", "model revision": "c0ffee", "prompts digest": "abc", "best PPO step": 0},
     }
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(results))
@@ -84,25 +93,70 @@ def failure(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return next(event for event in events if event["kind"] == "step_failed")
 
 
-def test_what_was_pushed_loads_with_the_same_logits_and_nothing_else_lies_there(hub: Hub, outputs: Path) -> None:
+def test_what_was_pushed_loads_with_the_same_logits_and_the_usage_in_its_card_runs(hub: Hub, outputs: Path) -> None:
     pushed = revision(push(hub, outputs))
     repository = hub.repositories["me/film"]
     assert repository.private and repository.commits[-1][0] == pushed and len(repository.commits) == 2
-    names = set(repository.commits[-1][2])
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
-    assert not names & {"training.json", "value_head.safetensors"}
-    card = repository.commits[-1][2]["README.md"].decode()
-    assert "base_model: org/base" in card and "0.500 [0.400, 0.600]" in card
-    code = (
-        "from transformers import AutoModelForCausalLM as M; import torch;"
-        "print('LOGITS', M.from_pretrained('me/film')(torch.tensor([[3, 4, 5]])).logits.sum().item())"
+    usage = repository.commits[-1][2]["README.md"].decode().split("```python\n")[1].split("```")[0]
+    logits = (
+        "from transformers import AutoModelForCausalLM as M; import torch\n"
+        "print('LOGITS', M.from_pretrained('me/film')(torch.tensor([[3, 4, 5]])).logits.flatten().tolist())"
     )
+    text, _, found = load(hub, outputs, f"{usage}\n{logits}").partition("LOGITS")
+    expected = llama(seed=3)(torch.tensor([[3, 4, 5]])).logits.flatten().tolist()
+    assert json.loads(found) == pytest.approx(expected, abs=1e-5)
+    assert "Once upon a time" in text
+
+
+def test_only_the_model_its_tokenizer_and_a_card_with_results_are_pushed(hub: Hub, outputs: Path) -> None:
+    revision(push(hub, outputs))
+    files = hub.repositories["me/film"].commits[-1][2]
+    needed = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert needed <= set(files)
+    assert set(files) - needed <= {".gitattributes", "README.md", "special_tokens_map.json"}
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.get("base_model") == "org/base"
+    assert {result.metric_type: result.metric_value for result in card.data.get("eval_results") or []} == {
+        "score": 0.5,
+        "kl": 3.0,
+    }
+    assert "| score | -0.250 | 0.500 | 0.750 [0.400, 1.125] |" in card.text
+    assert "- model revision: `c0ffee`" in card.text and "- best PPO step: `0`" in card.text
+
+
+def load(hub: Hub, outputs: Path, code: str) -> str:
+    """What a user's script prints, who may read the repository and has nothing cached."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(outputs / "load"),
                    "HF_TOKEN": READ}  # fmt: skip
     loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr[-2000:]
-    expected = llama(seed=3)(torch.tensor([[3, 4, 5]])).logits.sum().item()
-    assert float(loaded.stdout.split("LOGITS")[1]) == pytest.approx(expected, abs=1e-3)
+    return loaded.stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("org/base", "org/base"),
+        ("/home/anna/models/base", "base"),
+        ("s3://key:secret@store/prompts.jsonl", "s3://store/prompts.jsonl"),
+        ("my_reward:score", "my_reward:score"),
+    ],
+)
+def test_the_card_shows_no_directories_and_no_credentials(source: str, seen: str) -> None:
+    assert shown(source) == seen
+
+
+def test_a_model_that_is_not_from_the_hub_is_no_base_model_of_the_card() -> None:
+    settings = decode({"model_name": "models/base", "query_dataset": "d", "reward_model": "m:f"})
+    found = {"policy": {"mean": 0.5}, "reference": {"mean": 0.5}, "gain": {"mean": 0.0, "low": 0.0, "high": 0.0}}
+    results = {
+        "prompts": 1,
+        "metrics": {"score": found, "response_length": found},
+        "kl": {"mean": 0.0},
+        "distinct2_ratio": 1.0,
+        "lineage": {"model": "models/base", "model revision": None},
+    }
+    assert "base_model" not in model_card(settings, results, "me/film")
 
 
 def test_without_a_repository_nothing_is_pushed_and_the_log_says_why(hub: Hub, outputs: Path) -> None:
@@ -111,17 +165,44 @@ def test_without_a_repository_nothing_is_pushed_and_the_log_says_why(hub: Hub, o
     assert '"push_skipped"' in done.stdout and "set hub_repo_id" in done.stdout
 
 
-def test_an_answer_that_got_lost_makes_no_second_commit(hub: Hub, outputs: Path) -> None:
-    hub.faults = [Fault("POST", "/commit/", 500, takes_effect=True)]
+REQUESTS = [
+    ("POST", "/repos/create"),
+    ("GET", "/commits/"),
+    ("GET", "/tree/"),
+    ("POST", "/preupload/"),
+    ("POST", "/objects/batch"),
+    ("PUT", "/blobs/"),
+    ("POST", "/commit/"),
+]
+
+
+@pytest.mark.parametrize("takes_effect", [False, True])
+@pytest.mark.parametrize("status", [503, CUT])
+def test_whichever_request_or_answer_gets_lost_there_is_one_complete_commit(
+    hub: Hub, outputs: Path, status: int, takes_effect: bool
+) -> None:
+    hub.faults = [Fault(method, path, status, takes_effect=takes_effect) for method, path in REQUESTS]
     pushed = revision(push(hub, outputs))
+    assert all(fault.times == 0 for fault in hub.faults)
     assert [commit[0] for commit in hub.repositories["me/film"].commits][1:] == [pushed]
+    assert {"model.safetensors", "config.json", "README.md"} <= set(hub.repositories["me/film"].commits[-1][2])
 
 
 def test_a_second_run_of_the_step_gives_the_same_revision_and_another_run_a_new_one(hub: Hub, outputs: Path) -> None:
-    first = revision(push(hub, outputs))
-    assert revision(push(hub, outputs)) == first
-    assert revision(push(hub, outputs, run_id="run-2")) != first
+    # The name of the second begins with that of the first.
+    first, second = (revision(push(hub, outputs, run_id=run_id)) for run_id in ("run-10", "run-1"))
+    assert first != second
+    assert [revision(push(hub, outputs, run_id=run_id)) for run_id in ("run-10", "run-1")] == [first, second]
     assert len(hub.repositories["me/film"].commits) == 3
+
+
+def test_the_keyword_arguments_are_honoured(hub: Hub, outputs: Path) -> None:
+    given = {"repo_id": "film", "private": False, "revision": "candidate", "commit_message": "Kinder\nand shorter."}
+    pushed = [revision(push(hub, outputs, hub_repo_id="", push_to_hub_if_best_kwargs=given)) for _ in range(2)]
+    repository = hub.repositories["me/film"]  # the hub knows whose token it is
+    assert not repository.private and len(repository.commits) == 1
+    assert pushed == [repository.branches["candidate"][-1][0]] * 2
+    assert [commit[1] for commit in repository.branches["candidate"][1:]] == ["Kinder (pipeline run run-1)"]
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -131,18 +212,29 @@ def test_a_busy_hub_is_asked_again(hub: Hub, outputs: Path, status: int) -> None
     assert len(hub.repositories["me/film"].commits) == 2
 
 
+class Busy(Repository):
+    """A repository where somebody else adds a shard right after it was looked at for the first time."""
+
+    busy = True
+
+    def until(self, revision: str) -> list[Commit]:
+        found = super().until(revision)
+        if revision != "main" and self.busy:
+            self.busy = False
+            self.commit("theirs", {**found[-1][2], "model-00002-of-00002.safetensors": b"x", "LICENSE": b"theirs"})
+        return found
+
+
 def test_a_commit_in_between_is_built_upon(hub: Hub, outputs: Path) -> None:
-    hub.faults = [Fault("POST", "/commit/", 412)]
+    hub.repositories["me/film"] = Busy(private=True)
+    hub.repositories["me/film"].commit("initial", {"pytorch_model.bin": b"x"})
     revision(push(hub, outputs))
-    assert len(hub.repositories["me/film"].commits) == 2
-
-
-def test_stale_shards_are_deleted_in_the_same_commit(hub: Hub, outputs: Path) -> None:
-    revision(push(hub, outputs))
-    files = hub.repositories["me/film"].commits[-1][2]
-    files["model-00002-of-00002.safetensors"] = b"old"
-    revision(push(hub, outputs, run_id="run-2"))
-    assert "model-00002-of-00002.safetensors" not in hub.repositories["me/film"].commits[-1][2]
+    titles, files = (
+        [commit[1] for commit in hub.repositories["me/film"].commits],
+        hub.repositories["me/film"].commits[-1][2],
+    )
+    assert titles == ["initial", "theirs", "rlhf-ppo (pipeline run run-1)"]
+    assert "LICENSE" in files and not {"model-00002-of-00002.safetensors", "pytorch_model.bin"} & set(files)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +244,9 @@ def test_stale_shards_are_deleted_in_the_same_commit(hub: Hub, outputs: Path) ->
         ("hf_unknown", {}, "does not know the token"),
         (READ, {}, "may not write"),
         (WRITE, {"hub_repo_id": "somebody/film"}, "may not write"),
-        (WRITE, {"push_to_hub_if_best_kwargs": {"repo_id": "me/film", "branch": "x"}}, "branch"),
+        (WRITE, {"hub_repo_id": "a/b/c"}, "can't be a repository"),
+        (WRITE, {"push_to_hub_if_best_kwargs": {"repo_id": "me/film", "branch": "x"}}, "has branch: it may hold"),
+        (WRITE, {"push_to_hub_if_best_kwargs": {"repo_id": "me/film", "private": "false"}}, "private is a str"),
     ],
 )
 def test_what_no_repetition_mends_is_said_at_once_with_the_remedy(
@@ -164,14 +258,29 @@ def test_what_no_repetition_mends_is_said_at_once_with_the_remedy(
     assert sum("create" in path for path in hub.paths) <= 1
 
 
-def test_the_token_is_in_no_output_and_no_url(hub: Hub, outputs: Path) -> None:
+@pytest.mark.parametrize(
+    ("token", "parameters"),
+    [
+        (WRITE, {}),
+        (WRITE + "\n", {}),
+        (WRITE[:6] + "\n" + WRITE[6:], {}),
+        (WRITE, {"push_to_hub_if_best_kwargs": {"repo_id": "me/film", "token": WRITE}}),
+    ],
+)
+def test_the_token_is_in_no_output_no_error_and_no_url(
+    hub: Hub, outputs: Path, token: str, parameters: dict[str, Any]
+) -> None:
     hub.faults = [Fault("POST", "/commit/", 400)]
-    done = push(hub, outputs)
+    done = push(hub, outputs, token=token, **parameters)
     assert done.returncode != 0
-    written = [path.read_bytes() for path in outputs.rglob("*") if path.is_file()]
-    for text in [done.stdout, done.stderr, *hub.paths]:
-        assert WRITE not in text
-    assert not any(WRITE.encode() in content for content in written)
+    written = [path.read_text(errors="replace") for path in outputs.rglob("*") if path.is_file()]
+    assert not any(
+        secret in text for text in [done.stdout, done.stderr, *hub.paths, *written] for secret in (WRITE, WRITE[6:])
+    )
+
+
+def test_a_token_with_a_line_break_at_its_end_as_secrets_have_it_works(hub: Hub, outputs: Path) -> None:
+    revision(push(hub, outputs, token=WRITE + "\n"))
 
 
 def test_pickled_weights_are_never_pushed(hub: Hub, outputs: Path) -> None:
