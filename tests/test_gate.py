@@ -77,6 +77,7 @@ def test_a_reason_says_what_was_found_and_what_it_is_not() -> None:
         ("metrics.score.gain.low", 1e-9, 0.0, "gate_min_score_gain"),
         ("kl.high", 24.999, 25.0, "gate_max_kl"),
         ("distinct2_ratio", 0.7, 0.699, "gate_min_distinct2"),
+        ("empty_responses", 0.5, 0.51, "at most 50%"),
     ],
 )
 def test_each_limit_holds_where_its_help_says(figure: str, last_good: float, first_bad: float, parameter: str) -> None:

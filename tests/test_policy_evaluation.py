@@ -18,7 +18,15 @@ from rlhf_ppo.errors import InputError
 from rlhf_ppo.parameters import decode
 from rlhf_ppo.policy_evaluation.evaluate import evaluate_policy
 from rlhf_ppo.policy_evaluation.gate import decide
-from rlhf_ppo.policy_evaluation.statistics import Samples, compare, distinct, interval, kl_estimates, per_prompt
+from rlhf_ppo.policy_evaluation.statistics import (
+    Samples,
+    compare,
+    distinct,
+    interval,
+    jackknife_interval,
+    kl_estimates,
+    per_prompt,
+)
 from rlhf_ppo.ppo import Sampling
 from rlhf_ppo.ppo.generation import sample
 from rlhf_ppo.settings import GateSettings
@@ -79,11 +87,42 @@ def test_samples_of_a_prompt_are_averaged_before_prompts_are_resampled() -> None
 
 
 def test_distinct_counts_ngrams_of_words_within_responses() -> None:
-    assert distinct(["a b a b"], 1) == 2 / 4
-    assert distinct(["a b a b"], 2) == 2 / 3
-    assert distinct(["a b", "b a"], 2) == 1.0
-    assert distinct(["a b", "a b"], 2) == 1 / 2
-    assert distinct(["a", ""], 2) == 0.0
+    assert distinct(["a b a b"], 1)[0] == 2 / 4
+    assert distinct(["a b a b"], 2)[0] == 2 / 3
+    assert distinct(["a b", "b a"], 2)[0] == 1.0
+    assert distinct(["a b", "a b"], 2)[0] == 1 / 2
+    assert distinct(["a", ""], 2)[0] == 0.0
+
+
+def test_scripts_without_spaces_are_counted_by_their_characters() -> None:
+    assert distinct(["好看好看"], 1)[0] == 2 / 4
+    assert distinct(["好看好看"], 2)[0] == 2 / 3
+    assert distinct(["GPT-2 很好", "ดี"], 1)[0] == 1.0
+
+
+def test_distinct_without_a_prompt_is_that_of_all_others() -> None:
+    generator = numpy.random.default_rng(2)
+    texts = [" ".join(generator.choice(list("abcdef"), generator.integers(0, 6))) for _ in range(12)]
+    for n in (1, 2):
+        without = distinct(texts, n, 2)[1]
+        rest = [distinct(texts[: 2 * k] + texts[2 * k + 2 :], n)[0] for k in range(6)]
+        assert without == pytest.approx(rest)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    # 1, 2, 3, 6: without each 11/3, 10/3, 3, 2; the standard error is sqrt(14 / 3 / 4).
+    half = 1.96 * math.sqrt(14 / 12)
+    found = jackknife_interval(3.0, numpy.array([11 / 3, 10 / 3, 3.0, 2.0]))
+    assert found == pytest.approx({"mean": 3.0, "low": 3 - half, "high": 3 + half})
+
+
+def test_the_interval_of_distinct_covers_what_other_responses_of_the_same_kind_have() -> None:
+    generator = numpy.random.default_rng(4)
+    words = [str(word) for word in range(60)]
+    corpora = [[" ".join(row) for row in generator.choice(words, (40, 12))] for _ in range(200)]
+    found = [jackknife_interval(*distinct(texts, 2)) for texts in corpora]
+    usual = sum(of["mean"] for of in found) / len(found)
+    assert 0.9 <= sum(of["low"] <= usual <= of["high"] for of in found) / len(found) <= 0.995
 
 
 def test_kl_estimates_of_two_tokens_by_hand() -> None:
@@ -103,7 +142,7 @@ def test_equal_samples_have_no_gain_and_no_width() -> None:
     scores = numpy.random.default_rng(1).normal(size=60).tolist()
     found = compare(samples(scores), samples(scores), [0.0] * 60, [0.0] * 60, 2)
     zero = {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert [found["metrics"][name]["gain"] for name in ("score", "response_length", "ended")] == [zero] * 3
+    assert [of["gain"] for of in found["metrics"].values()] == [zero] * 5
     assert (found["prompts"], found["distinct2_ratio"]) == (30, 1.0)
     assert not decide(found, GateSettings(gate_min_prompts=2)).passed
 
@@ -121,10 +160,19 @@ def test_a_policy_that_always_says_the_same_is_held_however_well_it_scores() -> 
     assert len(held) == 1 and "gate_min_distinct2" in held[0]
 
 
-def test_a_policy_that_falls_silent_is_held_however_well_it_scores() -> None:
-    found = compare(samples([9.0] * 60, [" "] * 60), samples([0.0] * 60), [1.0] * 60, [1.0] * 60, 1)
-    assert found["empty_responses"] == 1.0
+@pytest.mark.parametrize("spoken", [0, 1, 29])
+def test_a_policy_that_falls_silent_is_held_however_well_it_scores(spoken: int) -> None:
+    responses = [f"a{n} b{n}" for n in range(spoken)] + [" "] * (60 - spoken)
+    found = compare(samples([9.0] * 60, responses), samples([0.0] * 60), [1.0] * 60, [1.0] * 60, 1)
+    assert found["empty_responses"] == pytest.approx(1 - spoken / 60)
     assert not decide(found, GateSettings(gate_min_distinct2=0.0)).passed
+
+
+def test_collapse_is_seen_in_a_language_without_spaces() -> None:
+    varied = [f"{chr(0x4E00 + 7 * n)}{chr(0x5E00 + 11 * n)}很好看" for n in range(60)]
+    found = compare(samples([9.0] * 60, ["真的很好看"] * 60), samples([0.0] * 60, varied), [1.0] * 60, [1.0] * 60, 1)
+    (reason,) = (reason for reason in decide(found, GateSettings()).reasons if reason.startswith("held"))
+    assert "gate_min_distinct2" in reason
 
 
 # The step

@@ -146,8 +146,28 @@ def test_numbers_that_are_not_finite_are_shown_as_such(value: float) -> None:
     assert not re.search(r'(?:[xyrd12]|points)="[^"]*(?:nan|inf)', text)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", [1e300, -1.7e308])
+def test_numbers_too_large_to_draw_do_not_end_the_step(value: float) -> None:
+    text = page([value, 2.0], [0.0, 0.5])
+    assert Page(text).open == [] and "gate_min_score_gain" in text
+    assert line_chart("t", [1, 2, 3], {"a": [0.0, value, 1.0]}) == line_chart(
+        "t", [1, 2, 3], {"a": [0.0, math.nan, 1.0]}
+    )
+
+
+def test_every_figure_has_its_interval_in_the_table() -> None:
+    table = page([1.0, 2.0, 3.0], [0.0, 0.5, 1.0]).split("<table class='figures'>")[1].split("</table>")[0]
+    for name in ("Score", "Response length, tokens", "Share that ends by itself", "Distinct-1", "Distinct-2"):
+        (line,) = re.findall(rf"<tr><th>{name}</th>(.*?)</tr>", table)
+        assert (
+            len(re.findall(r"-?\d+\.\d{3} <span class='soft'><span class='whole'>\[-?\d+\.\d{3}, -?\d+\.\d{3}\]", line))
+            == 3
+        )
+
+
 def test_a_long_run_with_long_texts_stays_small() -> None:
-    text = page([float(n) for n in range(400)], [10.0] * 400, text="word " * 20_000, steps=20_000)
+    text = page([float(n) for n in range(400)], [10.0] * 400, text="word" * 25_000, steps=20_000)
     assert len(text.encode()) < 2_000_000
     assert "means of 67 steps" in text
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 QUIET_SECONDS = 5.0
 """Plain lines of steps that don't train come at most this often."""
-BAR = "{desc:<20}{bar:24} {n_fmt}/{total_fmt} {postfix} {remaining} left"
+BAR = "{desc:<20}{bar:24} {n_fmt}/{total_fmt}  {unit}  {remaining} left"
 
 
 class Progress:
@@ -60,7 +60,7 @@ class Progress:
         if self.live:
             if self._bar is None:
                 self._bar = tqdm(total=event["total"], desc=event["step"], file=self.stream, bar_format=BAR)
-            self._bar.set_postfix_str("  ".join(f"{name} {value}" for name, value in numbers.items()), refresh=False)
+            self._bar.unit = "  ".join(f"{name} {value}" for name, value in numbers.items()) or event["unit"]
             self._bar.n = event["done"]
             self._bar.refresh()
             return

@@ -10,6 +10,7 @@ WIDTH, HEIGHT = 320, 176
 LEFT, RIGHT, TOP, BOTTOM = 42, 12, 10, 26
 POINTS_WITH_VALUES = 60
 BINS = 24
+LARGEST = 1e100  # beyond it, differences would overflow
 
 
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
@@ -29,6 +30,7 @@ def line_chart(title: str, steps: Sequence[float], series: Mapping[str, Sequence
 
     An empty text where nothing is finite.
     """
+    series = _drawable(series)
     finite = _finite(series)
     if not finite:
         return ""
@@ -50,6 +52,7 @@ def histogram(
     title: str, series: Mapping[str, Sequence[float]], unit: str = "", colours: Sequence[int] = (0, 1)
 ) -> str:
     """The distributions of ``series`` over the same bins, overlapping, each with a dashed line at its mean."""
+    series = _drawable(series)
     finite = _finite(series)
     if not finite:
         return ""
@@ -79,7 +82,7 @@ def strip(intervals: Sequence[tuple[int, Mapping[str, float]]], limit: float | N
     An empty text where a number is not finite.
     """
     numbers = [value for _, interval in intervals for value in interval.values()] + ([] if limit is None else [limit])
-    if not all(math.isfinite(number) for number in numbers):
+    if not all(abs(number) < LARGEST for number in numbers):
         return ""
     low, high = min(numbers), max(numbers)
     span = (high - low) or 1.0
@@ -101,6 +104,10 @@ def strip(intervals: Sequence[tuple[int, Mapping[str, float]]], limit: float | N
         parts.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{base}"/>')
         parts.append(f'<text class="{anchor}" x="{x:.1f}" y="{height - 3}">{escape(label)} {limit:g}</text>')
     return f'<svg class="strip" viewBox="0 0 200 {height}" aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def _drawable(series: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    return {name: [v if abs(v) < LARGEST else math.nan for v in values] for name, values in series.items()}
 
 
 def _finite(series: Mapping[str, Sequence[float]]) -> list[float]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from rlhf_ppo.settings import GateSettings
 
+MOST_EMPTY = 0.5
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -48,7 +50,7 @@ def decide(evaluation: dict[str, Any], settings: GateSettings) -> Verdict:
             f"distinct-2 {ratio:.3g} times the reference's: that",
             f"at least gate_min_distinct2={settings.gate_min_distinct2:g}",
         ),
-        (empty < 1, f"{empty:.0%} of the responses empty: that", "less than all"),
+        (empty <= MOST_EMPTY, f"{empty:.0%} of the responses empty: that", f"at most {MOST_EMPTY:.0%}"),
     ]
     reasons = tuple(
         f"{'passed' if good else 'held'}: {what} {'is' if good else 'is not'} {needed}" for good, what, needed in checks

@@ -84,12 +84,12 @@ def _verdict(verdict: dict[str, Any]) -> str:
 
 
 def _interval(of: Mapping[str, float], digits: int = 2) -> str:
-    return f"[{of['low']:.{digits}f}, {of['high']:.{digits}f}]"
+    return f"<span class='whole'>[{of['low']:.{digits}f}, {of['high']:.{digits}f}]</span>"
 
 
 def _cards(evaluation: dict[str, Any], settings: RunSettings) -> str:
     metrics, kl, ratio, gate = evaluation["metrics"], evaluation["kl"], evaluation["distinct2_ratio"], settings.gate
-    score, length, two = metrics["score"], metrics["response_length"], evaluation["distinct2"]
+    score, length, two = metrics["score"], metrics["response_length"], metrics["distinct2"]
     gain, kept = score["gain"], dict.fromkeys(("low", "mean", "high"), ratio)
     keys = f"<span class='key s{REFERENCE}'>reference</span> <span class='key s{POLICY}'>policy</span>"
     cards = (
@@ -108,7 +108,7 @@ def _cards(evaluation: dict[str, Any], settings: RunSettings) -> str:
         ),
         _card(
             "Distinct word pairs",
-            f"{two['reference']:.2f} → {two['policy']:.2f}",
+            _change(two, 2),
             f"{ratio:.0%} of the reference's",
             strip([(POLICY, kept)], gate.gate_min_distinct2, "needs at least"),
         ),
@@ -221,12 +221,11 @@ def _figures(evaluation: dict[str, Any]) -> str:
         ("Score", "score"),
         ("Response length, tokens", "response_length"),
         ("Share that ends by itself", "ended"),
+        ("Distinct-1", "distinct1"),
+        ("Distinct-2", "distinct2"),
     ):
         of = evaluation["metrics"][key]
         lines += _line(name, _cell(of["reference"]), _cell(of["policy"]), _cell(of["gain"]))
-    for n in (1, 2):
-        before, after = evaluation[f"distinct{n}"]["reference"], evaluation[f"distinct{n}"]["policy"]
-        lines += _line(f"Distinct-{n}", f"{before:.3f}", f"{after:.3f}", f"{after - before:.3f}")
     lines += _line("KL, nats per response (k1)", "", _cell(evaluation["kl"]), "")
     lines += _line("KL, nats per response (k3)", "", _cell(evaluation["kl3"]), "")
     lines += _line("Empty responses", "", f"{evaluation['empty_responses']:.1%}", "")
