@@ -247,6 +247,7 @@ def test_a_commit_in_between_is_built_upon(hub: Hub, outputs: Path) -> None:
         (WRITE, {"hub_repo_id": "a/b/c"}, "can't be a repository"),
         (WRITE, {"push_to_hub_if_best_kwargs": {"repo_id": "me/film", "branch": "x"}}, "has branch: it may hold"),
         (WRITE, {"push_to_hub_if_best_kwargs": {"repo_id": "me/film", "private": "false"}}, "private is a str"),
+        (WRITE, {"push_to_hub_if_best_kwargs": {"repo_id": "me/film", "token": "hf_x"}}, "set HF_TOKEN instead"),
     ],
 )
 def test_what_no_repetition_mends_is_said_at_once_with_the_remedy(
