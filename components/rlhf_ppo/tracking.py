@@ -10,14 +10,16 @@ One MLflow run stands for the pipeline run and one nested run for each step. A r
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,8 +36,16 @@ LONGEST_PARAM = 6000
 
 
 def default_uri(tracking_uri: str) -> str:
-    """Where to track: ``tracking_uri``, else MLFLOW_TRACKING_URI, else mlflow.db in the current directory."""
-    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    """Where to track: ``tracking_uri``, else MLFLOW_TRACKING_URI, else mlflow.db in the current directory.
+
+    An injected run is only to be found where MLFLOW_TRACKING_URI says, so that goes first there. The path of a SQLite
+    database is made absolute: a spool may be delivered from another directory.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    of_injected = given if os.environ.get("MLFLOW_RUN_ID") else ""
+    uri = of_injected or tracking_uri or given or "sqlite:///mlflow.db"
+    database = uri.removeprefix("sqlite:///")
+    return f"sqlite:///{Path(database).absolute()}" if database not in (uri, "", ":memory:") else uri
 
 
 class Tracker:
@@ -43,15 +53,16 @@ class Tracker:
 
     def __init__(self, destination: Destination, spool: Path, settings: RunSettings | None = None) -> None:
         self.destination = destination
-        self._directory = spool / destination.step
+        self._directory = _place_of_spool(spool, destination)
         self._files = self._directory / "files"
         self._files.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._file = self._directory / "spool.jsonl"
         self._number = sum(1 for _ in self._files.iterdir())
-        self._done = False
+        self._tables: list[str] = []
+        self._done = self._failed = False
+        self._wake, self._stop, self._given_up = threading.Event(), threading.Event(), threading.Event()
         self._write("open", **destination.as_json())
-        self._wake, self._stop = threading.Event(), threading.Event()
         self._delivery = Delivery(self._directory)
         self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
         self._thread.start()
@@ -80,9 +91,8 @@ class Tracker:
         uri, injected = default_uri(tracking_uri), os.environ.get("MLFLOW_RUN_ID", "")
         kwargs = settings.ppo.tracker_kwargs.get("mlflow", {}) if settings else {}
         name = f"{settings.ppo.exp_name} {run_id}" if settings else run_id
-        destination = Destination(
-            step, run_id, uri, experiment, injected, kwargs.get("run_name") or name, kwargs.get("tags", {})
-        )
+        tags = {_name(str(tag)): str(value) for tag, value in (kwargs.get("tags") or {}).items()}
+        destination = Destination(step, run_id, uri, experiment, injected, kwargs.get("run_name") or name, tags)
         return cls(destination, spool, settings)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -93,7 +103,7 @@ class Tracker:
         self._write("params", values=short)
         for name, text in texts.items():
             if name not in short:
-                self._keep(f"{name.replace('/', '_')}.txt", text, "params")
+                self._keep_text(f"{name}.txt", text, "params")
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int = 0) -> None:
         """Log the numbers among ``metrics``; nan and inf are kept."""
@@ -111,21 +121,16 @@ class Tracker:
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Log a file, as it is now."""
-        kept = self._place(path.name)
-        try:
-            shutil.copyfile(path, kept)
-        except OSError as error:
-            print(f"[tracking] {path} is not logged: {error}", file=sys.stderr)
-            return
-        self._write("artifact", file=str(kept.relative_to(self._directory)), folder=folder)
+        self._keep(path.name, folder, lambda kept: shutil.copyfile(path, kept))
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log ``rows`` as a table that MLflow's pages show."""
-        columns = list(rows[0]) if rows else []
-        table = {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
-        self._keep(f"{name}.json", json.dumps(table, ensure_ascii=False, default=str), "")
-        shown = [{"path": f"{name}.json", "type": "table"}]
-        self.log_tags({"mlflow.loggedArtifacts": json.dumps(shown)})
+        """Log ``rows`` as a table that MLflow's pages show; a number that is not finite becomes an empty cell."""
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        table = {"columns": columns, "data": [[_cell(row.get(column)) for column in columns] for row in rows]}
+        file = _file_name(f"{name}.json")
+        self._keep_text(file, json.dumps(table, default=str), "")
+        self._tables = [*(table for table in self._tables if table != file), file]
+        self.log_tags({"mlflow.loggedArtifacts": json.dumps([{"path": t, "type": "table"} for t in self._tables])})
 
     def log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Record that the run used a data set."""
@@ -145,6 +150,7 @@ class Tracker:
             waited = time.monotonic() - started
             if waited > PATIENCE or (waited > DEADLINE and not self._delivery.answers):
                 break
+        self._given_up.set()
         if self._delivery.unsent():
             print(
                 f"[tracking] {self.destination.uri} does not answer; what is missing there is kept in "
@@ -160,35 +166,48 @@ class Tracker:
     ) -> None:
         self.finish("FINISHED" if kind is None else "FAILED")
 
-    def _place(self, name: str) -> Path:
+    def _keep(self, name: str, folder: str, write: Callable[[Path], Any]) -> None:
+        """Have ``write`` make a file in the spool, to be sent as an artifact."""
         with self._lock:
             self._number += 1
-            place = self._files / str(self._number)
-        place.mkdir()
-        return place / re.sub(r"[^\w.\- ]", "_", name)
-
-    def _keep(self, name: str, text: str, folder: str) -> None:
-        kept = self._place(name)
-        kept.write_text(text, encoding="utf-8")
+            kept = self._files / str(self._number) / _file_name(name)
+        try:
+            kept.parent.mkdir()
+            write(kept)
+        except OSError as error:
+            print(f"[tracking] {name} is not logged: {error}", file=sys.stderr)
+            return
         self._write("artifact", file=str(kept.relative_to(self._directory)), folder=folder)
 
+    def _keep_text(self, name: str, text: str, folder: str) -> None:
+        self._keep(name, folder, lambda kept: kept.write_text(text, encoding="utf-8", errors="replace"))
+
     def _write(self, kind: str, **values: Any) -> None:
-        line = json.dumps({"kind": kind, **values}, ensure_ascii=False)
-        with self._lock, self._file.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-        if kind != "open":
-            self._wake.set()
+        """Append one call to the spool, wholly or not at all."""
+        with self._lock:
+            before = self._file.stat().st_size if self._file.exists() else 0
+            try:
+                with self._file.open("ab") as stream:
+                    stream.write(_line(kind, values))
+            except OSError as error:
+                # Half a line would make the next one unreadable.
+                with contextlib.suppress(OSError):
+                    os.truncate(self._file, before)
+                if not self._failed:
+                    print(f"[tracking] {self._file} takes no more, what comes is lost: {error}", file=sys.stderr)
+                self._failed = True
+        self._wake.set()
 
     def _deliver(self) -> None:
         pause = 1.0
         while True:
             delivered = self._delivery.attempt()
-            if delivered and self._stop.is_set() and not self._delivery.unsent():
+            if self._given_up.is_set() or (delivered and self._stop.is_set() and not self._delivery.unsent()):
                 return
             pause = 1.0 if delivered else min(pause * 2, 30.0)
             if self._stop.is_set():
                 # The end of the step waits for this thread only so long; it may try again until then.
-                time.sleep(min(pause, 1.0))
+                self._given_up.wait(min(pause, 1.0))
                 continue
             if delivered:
                 self._wake.wait()
@@ -203,18 +222,48 @@ def _points(metrics: Mapping[str, Any], step: int) -> list[list[Any]]:
     return [[name, str(value), now, int(step)] for name, value in numbers]
 
 
+def _line(kind: str, values: Mapping[str, Any]) -> bytes:
+    return json.dumps({"kind": kind, **values}).encode() + b"\n"
+
+
 def _name(name: str) -> str:
-    """``name`` with the characters that MLflow refuses replaced."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
+    """``name`` as MLflow takes it: other characters replaced, and nothing that names another name as a path."""
+    parts = re.sub(r"[^\w\-. :/]", "_", name)[:249].split("/")
+    clean = "/".join(part for part in parts if part not in ("", ".", ".."))
+    return f"_{clean}" if not clean or clean.startswith("..") else clean
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.\- ]", "_", name)
 
 
 def _number(value: Any) -> float | None:
-    if hasattr(value, "item") and getattr(value, "size", None) is not None:
-        try:
+    try:
+        if hasattr(value, "item") and getattr(value, "size", None) is not None:
             value = value.item()
-        except (ValueError, RuntimeError):
-            return None
-    return float(value) if isinstance(value, (int, float)) else None
+        return float(value) if isinstance(value, (int, float)) else None
+    except (ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def _cell(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _place_of_spool(spool: Path, destination: Destination) -> Path:
+    """The directory of a step's spool; it goes on in one of an earlier attempt, but not in another run's."""
+    wanted, number = _line("open", destination.as_json()), 1
+    while True:
+        directory = spool / (destination.step if number == 1 else f"{destination.step}-{number}")
+        file = directory / "spool.jsonl"
+        lines = file.read_bytes() if file.exists() else b""
+        whole = lines.rfind(b"\n") + 1
+        if not whole or lines.startswith(wanted):
+            if whole < len(lines):
+                # An attempt that was killed left half a line.
+                os.truncate(file, whole)
+            return directory
+        number += 1
 
 
 def resend(directory: Path) -> list[Path]:

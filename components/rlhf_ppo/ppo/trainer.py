@@ -101,15 +101,16 @@ class PPOTrainer:
     def rollout(self, queries: Sequence[Tensor], sampling: Sampling | None = None, *, batch_size: int = 64) -> Rollout:
         """Sample a response to each of the 1-D ``queries``, with the policy's log-probabilities and values."""
         queries = [query.to(self.device) for query in queries]
-        generated = sample(
-            self.policy.pretrained_model,
-            queries,
-            sampling or self.sampling,
-            self.sampling_generator,
-            batch_size,
-            value_head=self.policy.v_head,
-            prompt_length=self.config.pad_max_input_len or None,
-        )
+        with self.accelerator.autocast():
+            generated = sample(
+                self.policy.pretrained_model,
+                queries,
+                sampling or self.sampling,
+                self.sampling_generator,
+                batch_size,
+                value_head=self.policy.v_head,
+                prompt_length=self.config.pad_max_input_len or None,
+            )
         return Rollout(queries, generated.responses, generated.logprobs, generated.values)
 
     # 2. Step
@@ -174,14 +175,15 @@ class PPOTrainer:
         """The reference's log-probabilities and, where kl_penalty is full, the exact KL per token."""
         temperature, length = self.sampling.temperature, self._length
         queries, responses = rollout.queries, rollout.responses
-        with self._reference_model() as reference:
-            logprobs = response_logprobs(reference, queries, responses, temperature=temperature, length=length)
-        if self.config.kl_penalty != "full":
-            return logprobs, None
-        policy = self.policy.pretrained_model
-        return logprobs, response_full_kl(
-            policy, self._reference_model, queries, responses, temperature=temperature, length=length
-        )
+        with self.accelerator.autocast():
+            with self._reference_model() as reference:
+                logprobs = response_logprobs(reference, queries, responses, temperature=temperature, length=length)
+            if self.config.kl_penalty != "full":
+                return logprobs, None
+            policy = self.policy.pretrained_model
+            return logprobs, response_full_kl(
+                policy, self._reference_model, queries, responses, temperature=temperature, length=length
+            )
 
     def _experience(
         self, rollout: Rollout, scores: Tensor, ref_rows: list[Tensor], penalty_rows: list[Tensor] | None

@@ -68,6 +68,7 @@ def train_ppo(
                 before_update=recorder.keep_if_best,
                 rollout_batch_size=settings.rollout.rollout_batch_size,
             )
+            trainer.accelerator.end_training()
             metrics = recorder.save(reference, prompts)
         _write_whole(history, "".join(json.dumps(line) + "\n" for line in recorder.lines))
     return metrics
