@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -110,6 +114,7 @@ def test_wrong_input_is_all_said_at_once_and_leaves_nothing(here: Path) -> None:
         ("query_dataset", "none.jsonl", "query_dataset='none.jsonl' does not exist"),
         ("reward_model", "my_reward:points", "my_reward"),
         ("batch_size", "3", "batch_size=3 is not a multiple of mini_batch_size=2"),
+        ("push_to_hub_if_best_kwargs", '{"repo_id": "me/m", "token": "x"}', "must not hold token"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_starts(here: Path, name: str, value: str, words: str) -> None:
@@ -162,8 +167,18 @@ def test_a_step_that_is_killed_is_reported_with_the_end_of_the_log(here: Path) -
     assert "\x1b" not in done.stderr and "The whole log" in done.stderr
 
 
+def everything(descriptor: int) -> str:
+    """What was written to a terminal that is closed by now."""
+    found = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(descriptor, 4096):
+            found += part
+    return found.decode()
+
+
 def test_on_a_terminal_there_is_a_live_bar(here: Path) -> None:
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 110, 0, 0))
     with os.fdopen(slave, "w") as terminal:
         progress = Progress(terminal)
         progress.show({"kind": "step_started", "step": "train_ppo"})
@@ -172,7 +187,7 @@ def test_on_a_terminal_there_is_a_live_bar(here: Path) -> None:
         for done in (1, 2):
             progress.show({**event, "done": done})
         progress.show({"kind": "step_finished", "step": "train_ppo", "seconds": 61})
-    shown = os.read(master, 10_000).decode()
+    shown = everything(master)
     assert "2/4" in shown and "reward 0.50  kl 1.25  tokens/s 900" in shown and "\r" in shown
     assert "done in 1 min 1 s" in shown
 

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.ppo.rewards import is_callable_name, load_reward, score
-from rlhf_ppo.settings import RewardSettings
+from rlhf_ppo.ppo.rewards import load_reward, score
+from rlhf_ppo.settings import RewardSettings, is_callable_name
 from tiny_models import VOCABULARY, word_tokenizer
 
 

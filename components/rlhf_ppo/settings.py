@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from rlhf_ppo.fields import Checked, declare
+
+_CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class RewardSettings(Checked):
         unit="tokens",
         minimum=1,
     )
+
+
+def is_callable_name(reward_model: str) -> bool:
+    """Whether ``reward_model`` names a function as package.module:function."""
+    return _CALLABLE.fullmatch(reward_model) is not None
 
 
 @dataclass(frozen=True)

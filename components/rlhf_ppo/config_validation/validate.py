@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,9 +13,9 @@ from typing import Any, NamedTuple
 from rlhf_ppo.config_validation import sources
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
+from rlhf_ppo.hub_push.kwargs import kwargs_problems
 from rlhf_ppo.parameters import RunSettings, decode
-
-_CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+from rlhf_ppo.settings import is_callable_name
 
 
 class CacheKeys(NamedTuple):
@@ -39,6 +38,8 @@ def validate_config(parameters: Mapping[str, Any]) -> str:
     except InputError as error:
         problems = error.problems
     problems += _problems_of_sources({name: value for name, value in parameters.items() if isinstance(value, str)})
+    kwargs = parameters.get("push_to_hub_if_best_kwargs")
+    problems += kwargs_problems(kwargs) if isinstance(kwargs, dict) else []
     if problems:
         raise InputError(problems)
     return _pinned(settings).to_json()
@@ -77,11 +78,6 @@ def _problems_of_sources(texts: Mapping[str, str]) -> list[str]:
                 "leave it empty"
             )
     return found + _problems_of_tracker(texts.get("log_with", ""))
-
-
-def is_callable_name(reward_model: str) -> bool:
-    """Whether ``reward_model`` names a function as package.module:function."""
-    return _CALLABLE.fullmatch(reward_model) is not None
 
 
 def _problem_of_reward(value: str) -> str | None:

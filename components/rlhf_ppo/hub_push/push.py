@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.hub_push.card import model_card
+from rlhf_ppo.hub_push.kwargs import kwargs_problems
 from rlhf_ppo.parameters import RunSettings
 
-KWARGS = {"repo_id": str, "private": bool, "commit_message": str, "revision": str}
-"""What push_to_hub_if_best_kwargs may hold; ``revision`` is the branch, made where it is missing."""
 KEPT_BACK = {"value_head.safetensors", "training.json", "digest.json"}
 """What the trainer leaves beside the model and nobody needs to use it."""
 ADAPTER = "adapter"
@@ -68,21 +67,6 @@ def push_to_hub(config: str, policy: Path, evaluation: Path, run_id: str) -> str
         url=f"{branch.api.endpoint}/{branch.repo_id}/tree/{revision}",
     )
     return revision
-
-
-def kwargs_problems(kwargs: dict[str, Any]) -> list[str]:
-    """What is wrong with push_to_hub_if_best_kwargs. Values are not repeated: one of them may be a token."""
-    found = []
-    for name, value in kwargs.items():
-        if name == "token":
-            found.append("push_to_hub_if_best_kwargs must not hold token: parameters are public; set HF_TOKEN instead")
-        elif name not in KWARGS:
-            found.append(f"push_to_hub_if_best_kwargs has {name}: it may hold {', '.join(sorted(KWARGS))}")
-        elif not isinstance(value, KWARGS[name]):
-            found.append(
-                f"push_to_hub_if_best_kwargs: {name} is a {type(value).__name__}, not a {KWARGS[name].__name__}"
-            )
-    return found
 
 
 def mark(run_id: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,17 +11,10 @@ import torch
 
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.rollout import batches_by_length
-from rlhf_ppo.settings import RewardSettings
+from rlhf_ppo.settings import RewardSettings, is_callable_name
 
 Reward = Callable[[list[str], list[str]], Sequence[float]]
 """Maps prompts and responses, equally many, to one score each; higher is better."""
-
-_CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-
-
-def is_callable_name(reward_model: str) -> bool:
-    """Whether ``reward_model`` names a function as package.module:function."""
-    return _CALLABLE.fullmatch(reward_model) is not None
 
 
 def load_reward(reward_model: str, settings: RewardSettings, device: str = "cpu") -> Reward:
