@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 
 import rlhf_ppo.tracking as tracking
 from mlflow_server import MLflowServer
+from rlhf_ppo.errors import InputError
 from rlhf_ppo.run_conclusion.conclude import conclude_run
 from rlhf_ppo.tracking import Tracker, resend
 
@@ -34,6 +38,11 @@ def running(server: MLflowServer) -> Iterator[MLflowServer]:
         server.start()
     yield server
     server.signal(signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sqlite") / "mlflow.db"
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +77,17 @@ def history(client: Any, run: Any, name: str) -> dict[int, float]:
     return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
 
 
+def spooled(spool: Path, step: str = "train_ppo") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (spool / step / "spool.jsonl").read_text().splitlines()]
+
+
 def test_one_run_for_the_pipeline_and_one_in_it_for_the_step(running: MLflowServer, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("<p>fine</p>")
     with track(running.url, tmp_path / "spool", "a") as tracker:
         tracker.log_params({"learning_rate": 1e-5, "tracker_kwargs/a@b": "x", "long": "y" * 7000})
-        tracker.log_metrics({"ppo/loss/total": 0.5, "words": "no number", "bad": math.nan}, step=3)
-        tracker.log_table("samples", [{"prompt": "p", "score": 1.0}])
+        tracker.log_metrics({"ppo/loss/total": 0.5, "words": "no number", "bad": math.nan, "far": math.inf}, step=3)
+        tracker.log_table("samples", [{"prompt": "p", "score": math.nan}, {"prompt": "q", "note": "late"}])
+        tracker.log_table("others", [{"prompt": "p"}])
         tracker.log_artifact(tmp_path / "report.html", "reports")
         tracker.log_dataset("prompts", "d" * 64, "prompts.jsonl", "training")
         tracker.log_summary({"score_gain": 0.25})
@@ -87,22 +101,38 @@ def test_one_run_for_the_pipeline_and_one_in_it_for_the_step(running: MLflowServ
     assert parent.data.metrics == {"score_gain": 0.25} and "score_gain" not in step.data.metrics
     experiment = client.get_experiment(step.info.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-    assert "bad" in step.data.metrics and "words" not in step.data.metrics
+    assert math.isnan(step.data.metrics["bad"]) and step.data.metrics["far"] > 1e308
+    assert "words" not in step.data.metrics
     names = {file.path for file in client.list_artifacts(step.info.run_id)}
-    assert names == {"samples.json", "reports", "params"}
+    assert names == {"samples.json", "others.json", "reports", "params"}
+    tables = [table["path"] for table in json.loads(step.data.tags["mlflow.loggedArtifacts"])]
+    assert tables == ["samples.json", "others.json"]
+    samples = Path(client.download_artifacts(step.info.run_id, "samples.json", str(tmp_path))).read_text()
+    expected = {"columns": ["prompt", "score", "note"], "data": [["p", None, None], ["q", None, "late"]]}
+    assert json.loads(samples, parse_constant=pytest.fail) == expected
     used = step.inputs.dataset_inputs[0]
     assert (used.dataset.name, used.dataset.digest, used.tags[0].value) == ("prompts", "d" * 36, "training")
 
 
 def test_a_server_that_hangs_holds_no_call_up(running: MLflowServer, tmp_path: Path) -> None:
-    """Stopped, it accepts connections and never answers: a call that waited for it would never return."""
+    """Stopped, it accepts connections and answers none; all calls return and stand in the spool before it goes on."""
     tracker = track(running.url, tmp_path, "hangs")
     tracker.log_metrics({"x": 0.0}, step=0)
+    eventually(lambda: not tracker._delivery.unsent(), "the run is there")
+    sent = (tmp_path / "train_ppo" / "sent").read_text()
     running.signal(signal.SIGSTOP)
-    for step in range(1, 400):
-        tracker.log_metrics({"x": float(step), "y": 1.0}, step=step)
+
+    def log() -> None:
+        for step in range(1, 400):
+            tracker.log_metrics({"x": float(step), "y": 1.0}, step=step)
+
+    training = threading.Thread(target=log, daemon=True)
+    training.start()
+    training.join(60)
+    assert not training.is_alive() and (tmp_path / "train_ppo" / "sent").read_text() == sent
+    assert len(spooled(tmp_path)) == 401
     tracker.finish()
-    assert sum(1 for _ in (tmp_path / "train_ppo" / "spool.jsonl").open()) == 402
+    assert (tmp_path / "train_ppo" / "sent").read_text() == sent
     running.signal(signal.SIGCONT)
     assert resend(tmp_path) == []
     assert history(running.client(), run_of(running.client(), "hangs"), "x") == {s: float(s) for s in range(400)}
@@ -141,6 +171,8 @@ def test_what_a_dead_server_missed_at_the_end_is_delivered_later(
         raise ValueError
     (tmp_path / "file.txt").unlink()
     assert "python -m rlhf_ppo.tracking" in capfd.readouterr().err
+    tracker._thread.join(30)
+    assert not tracker._thread.is_alive(), "two would send at once"
     server.start()
     command = [sys.executable, "-m", "rlhf_ppo.tracking", str(tmp_path / "spool")]
     for _ in range(2):
@@ -150,6 +182,29 @@ def test_what_a_dead_server_missed_at_the_end_is_delivered_later(
     assert run.info.status == "FAILED"
     assert history(client, run, "x") == {1: 1.0}
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["file.txt"]
+
+
+def test_the_conclusion_delivers_what_the_steps_left_and_waits_for_no_dead_server(
+    server: MLflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLHF_PPO_SPOOL", str(tmp_path))
+    server.kill()
+    with track(server.url, tmp_path, "concluded") as tracker:
+        tracker.log_params({"p": 1})
+        tracker.log_tags({"note": "kept"})
+        tracker.log_dataset("prompts", "d", "prompts.jsonl", "training")
+        tracker.log_table("samples", [{"prompt": "p"}])
+    conclude_run("concluded", "FAILED", "it broke", mlflow_tracking_uri=server.url, experiment="tests")
+    said = capfd.readouterr().out
+    assert f"not delivered: {tmp_path / 'train_ppo'}" in said and '"kind": "run_concluded"' in said
+    server.start()
+    conclude_run("concluded", "SUCCEEDED", "", mlflow_tracking_uri=server.url, experiment="tests")
+    client = server.client()
+    run, parent = run_of(client, "concluded"), run_of(client, "concluded", "pipeline")
+    assert (run.data.params, run.data.tags["note"], run.info.status) == ({"p": "1"}, "kept", "FINISHED")
+    assert len(run.inputs.dataset_inputs) == 1
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["samples.json"]
+    assert (parent.info.status, parent.data.tags["rlhf_ppo.outcome"]) == ("FINISHED", "succeeded")
 
 
 def test_a_retried_step_goes_on_in_its_run(running: MLflowServer, tmp_path: Path) -> None:
@@ -172,6 +227,17 @@ def test_what_mlflow_refuses_does_not_hold_up_the_rest(running: MLflowServer, tm
     assert run.data.params == {"p": "1"} and run.data.metrics == {"x": 1.0}
 
 
+def test_a_name_that_mlflow_refuses_is_changed_and_costs_no_other(running: MLflowServer, tmp_path: Path) -> None:
+    names = ["fine", "kl[0]", "a//b", "/root", "../up", "./here", "..", "", "x" * 300, "end/"]
+    with track(running.url, tmp_path, "names") as tracker:
+        tracker.log_metrics(dict.fromkeys(names, 1.0), step=0)
+        tracker.log_params(dict.fromkeys(names, "v"))
+        tracker.log_tags(dict.fromkeys(names, "t"))
+    data = run_of(running.client(), "names").data
+    changed = {"fine", "kl_0_", "a/b", "root", "up", "here", "_", "x" * 249, "end"}
+    assert set(data.metrics) == changed and set(data.params) == changed and changed <= set(data.tags)
+
+
 def test_an_injected_run_is_adopted_and_its_end_left_to_kfp(
     running: MLflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +246,8 @@ def test_an_injected_run_is_adopted_and_its_end_left_to_kfp(
     injected = client.create_run(experiment).info.run_id
     client.log_param(injected, "learning_rate", '"0.00001"')
     monkeypatch.setenv("MLFLOW_RUN_ID", injected)
-    with track(running.url, tmp_path, "kfp") as tracker:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.url)
+    with track("http://another.invalid", tmp_path, "kfp") as tracker:
         tracker.log_params({"learning_rate": 1e-5})
         tracker.log_metrics({"x": 2.0}, step=0)
     conclude_run("kfp", "SUCCEEDED", "", mlflow_tracking_uri=running.url, experiment="of kfp")
@@ -191,26 +258,29 @@ def test_an_injected_run_is_adopted_and_its_end_left_to_kfp(
 
 
 def test_sqlite_needs_no_server_and_keeps_artifacts_beside_the_database(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(database.parent)
     with track("", tmp_path / "spool", "local") as tracker:
         tracker.log_table("samples", [{"prompt": "p"}])
-    if resend(tmp_path / "spool"):
-        raise AssertionError("SQLite took too little")
-    conclude_run("local", "FAILED", "it broke", mlflow_tracking_uri="", experiment="tests")
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    # What is left is delivered from anywhere.
+    monkeypatch.chdir(tmp_path)
+    assert resend(tmp_path / "spool") == []
+    uri = f"sqlite:///{database}"
+    conclude_run("local", "FAILED", "it broke", mlflow_tracking_uri=uri, experiment="tests")
+    client = MlflowClient(uri)
     run = run_of(client, "local")
     assert run_of(client, "local", "pipeline").info.status == "FAILED"
-    stored = list((tmp_path / "mlflow-artifacts").rglob("samples.json"))
+    stored = list((database.parent / "mlflow-artifacts").rglob("samples.json"))
     assert len(stored) == 1 and json.loads(stored[0].read_text())["data"] == [["p"]]
-    assert run.info.artifact_uri.startswith((tmp_path / "mlflow-artifacts").as_uri())
+    assert run.info.artifact_uri.startswith((database.parent / "mlflow-artifacts").as_uri())
+    assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_spool_line_that_was_cut_off_is_not_sent_and_not_lost(tmp_path: Path) -> None:
-    tracker = track(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, "cut")
+def test_a_spool_line_that_was_cut_off_is_not_sent_and_not_lost(database: Path, tmp_path: Path) -> None:
+    tracker = track(f"sqlite:///{database}", tmp_path, "cut")
     eventually(lambda: not tracker._delivery.unsent(), "delivered")
     line = json.dumps({"kind": "metrics", "values": [["x", "1.0", 1, 0]]})
     with tracker._file.open("a") as stream:
@@ -222,4 +292,64 @@ def test_a_spool_line_that_was_cut_off_is_not_sent_and_not_lost(tmp_path: Path) 
     assert resend(tmp_path) == []
     from mlflow import MlflowClient
 
-    assert run_of(MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), "cut").data.metrics == {"x": 1.0}
+    assert run_of(MlflowClient(f"sqlite:///{database}"), "cut").data.metrics == {"x": 1.0}
+
+
+def test_a_retry_delivers_what_a_killed_attempt_left(database: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{database}"
+    track(uri, tmp_path, "torn").finish()
+    with (tmp_path / "train_ppo" / "spool.jsonl").open("a") as stream:
+        stream.write(json.dumps({"kind": "metrics", "values": [["x", "1.0", 1, 0]]}) + '\n{"kind": "metr')
+    with track(uri, tmp_path, "torn") as tracker:
+        tracker.log_metrics({"y": 2.0}, step=0)
+    assert resend(tmp_path) == []
+    assert run_of(MlflowClient(uri), "torn").data.metrics == {"x": 1.0, "y": 2.0}
+
+
+def test_a_spool_directory_used_again_mixes_no_runs(database: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{database}"
+    for number, run_id in enumerate(("first", "second")):
+        with track(uri, tmp_path, run_id) as tracker:
+            tracker.log_metrics({"x": float(number)}, step=0)
+    assert resend(tmp_path) == []
+    client = MlflowClient(uri)
+    assert [run_of(client, run_id).data.metrics for run_id in ("first", "second")] == [{"x": 0.0}, {"x": 1.0}]
+
+
+def test_a_full_disk_and_odd_values_stop_no_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = track("http://127.0.0.1:9", tmp_path, "full")
+    tracker.log_metrics(dict.fromkeys(map(str, range(500)), 1.0), step=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = (tmp_path / "train_ppo" / "spool.jsonl").stat().st_size + 20
+    resource.setrlimit(resource.RLIMIT_FSIZE, (full, before[1]))
+    try:
+        for step in (1, 2):
+            tracker.log_metrics({"lost": 1.0}, step=step)
+        tracker.log_table("samples", [{"text": "x" * full}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    tracker.log_artifact(tmp_path / "not there")
+    tracker.log_metrics({"huge": 10**400, "none": None, "kept": 1}, step=3)
+    tracker.finish()
+    lines = [line for line in spooled(tmp_path) if line["kind"] == "metrics"]
+    assert [[value[0] for value in line["values"]] for line in lines[1:]] == [["kept"]]
+    assert capfd.readouterr().err.count("takes no more") == 1
+
+
+def test_the_users_own_mlflow_timeouts_stand_and_its_patience_does_not_bite(
+    running: MLflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    track(running.url, tmp_path, "patience").finish()
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3", "set by the fixture, as a user would"
+
+
+def test_where_mlflow_is_missing_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'pip install "rlhf-ppo\[train\]"'):
+        track("", tmp_path, "bare")

@@ -153,7 +153,7 @@ class Tracker:
         self._given_up.set()
         if self._delivery.unsent():
             print(
-                f"[tracking] {self.destination.uri} does not answer; what is missing there is kept in "
+                f"[tracking] {self.destination.uri} has not taken everything; what is missing there is kept in "
                 f"{self._directory} and is sent by: python -m rlhf_ppo.tracking {self._directory.parent}",
                 file=sys.stderr,
             )
