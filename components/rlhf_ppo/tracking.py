@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +69,18 @@ class Tracker:
         self._thread.start()
         if settings is not None:
             self.log_tags({"rlhf_ppo.exp_name": settings.ppo.exp_name, "rlhf_ppo.task_name": settings.ppo.task_name})
+
+    @classmethod
+    def for_run(cls, step: str, run_id: str, settings: RunSettings) -> Tracker:
+        """The tracker of ``step`` as the run's settings say, with its spool in RLHF_PPO_SPOOL where that is set."""
+        return cls.for_step(
+            step,
+            run_id,
+            settings,
+            tracking_uri=settings.tracking.mlflow_tracking_uri,
+            experiment=settings.ppo.tracker_project_name,
+            spool=Path(os.environ.get("RLHF_PPO_SPOOL") or tempfile.mkdtemp(prefix="rlhf-ppo-spool-")),
+        )
 
     @classmethod
     def for_step(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,14 +44,7 @@ def evaluate_policy(
     Raises InputError where there are no held-out prompts or the reward gives something else than numbers.
     """
     settings = RunSettings.from_json(config)
-    with Tracker.for_step(
-        "evaluate_policy",
-        run_id,
-        settings,
-        tracking_uri=settings.tracking.mlflow_tracking_uri,
-        experiment=settings.ppo.tracker_project_name,
-        spool=Path(os.environ.get("RLHF_PPO_SPOOL") or tempfile.mkdtemp(prefix="rlhf-ppo-spool-")),
-    ) as tracker:
+    with Tracker.for_run("evaluate_policy", run_id, settings) as tracker:
         reward = load_reward(str(settings.ppo.reward_model), settings.reward, _device())
         repeated = _held_out(prompts, settings)
         samples, k1, k3 = _measure(settings, repeated, reward, reference, policy)

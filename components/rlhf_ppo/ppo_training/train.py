@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections import deque
 from dataclasses import replace
@@ -45,14 +44,7 @@ def train_ppo(
     tokenizer = AutoTokenizer.from_pretrained(reference)
     trainer = build_trainer(settings, reference, tokenizer)
     # 3. Training
-    with Tracker.for_step(
-        "train_ppo",
-        run_id,
-        settings,
-        tracking_uri=settings.tracking.mlflow_tracking_uri,
-        experiment=settings.ppo.tracker_project_name,
-        spool=Path(os.environ.get("RLHF_PPO_SPOOL") or tempfile.mkdtemp(prefix="rlhf-ppo-spool-")),
-    ) as tracker:
+    with Tracker.for_run("train_ppo", run_id, settings) as tracker:
         tracker.log_params(trainer.config.to_dict())
         manifest = read_json(prompts / "manifest.json")
         tracker.log_dataset("prompts", manifest.get("digest", ""), str(settings.ppo.query_dataset), "training")
