@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -160,6 +161,26 @@ def test_a_server_killed_in_the_middle_of_a_run_loses_no_metric(server: MLflowSe
     assert run.info.status == "FINISHED"
 
 
+def test_a_server_that_lost_its_runs_gets_everything_again(running: MLflowServer, tmp_path: Path) -> None:
+    tracker = track(running.url, tmp_path, "again")
+    tracker.log_metrics({"x": 0.0}, step=0)
+    tracker.log_table("samples", [{"prompt": "p"}])
+    eventually(lambda: not tracker._delivery.unsent(), "delivered")
+    client = running.client()
+    lost = [run_of(client, "again", step).info.run_id for step in ("train_ppo", "pipeline")]
+    with sqlite3.connect(running.directory / "server.db") as connection:
+        for table in ("tags", "metrics", "latest_metrics", "runs"):
+            connection.executemany(f"DELETE FROM {table} WHERE run_uuid = ?", [(run,) for run in lost])
+    connection.close()
+    tracker.log_metrics({"x": 1.0}, step=1)
+    tracker.finish()
+    assert resend(tmp_path) == []
+    run = run_of(client, "again")
+    assert run.info.run_id not in lost and run.info.status == "FINISHED"
+    assert history(client, run, "x") == {0: 0.0, 1: 1.0}
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["samples.json"]
+
+
 def test_what_a_dead_server_missed_at_the_end_is_delivered_later(
     server: MLflowServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,10 +242,32 @@ def test_a_retried_step_goes_on_in_its_run(running: MLflowServer, tmp_path: Path
 def test_what_mlflow_refuses_does_not_hold_up_the_rest(running: MLflowServer, tmp_path: Path) -> None:
     with track(running.url, tmp_path, "refused") as tracker:
         tracker.log_params({"p": 1})
-        tracker.log_params({"p": 2})
+        tracker.log_params({"a": 1, "p": 2, "z": 3})
         tracker.log_metrics({"x": 1.0}, step=0)
     run = run_of(running.client(), "refused")
-    assert run.data.params == {"p": "1"} and run.data.metrics == {"x": 1.0}
+    assert run.data.params == {"p": "1", "a": "1", "z": "3"} and run.data.metrics == {"x": 1.0}
+
+
+def test_a_store_of_artifacts_that_fails_holds_up_nothing_else(
+    running: MLflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    def refuse(*values: object) -> None:
+        raise PermissionError("no credentials for the bucket")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, "log_artifact", refuse)
+        with track(running.url, tmp_path, "bucket") as tracker:
+            tracker.log_table("samples", [{"prompt": "p"}])
+            tracker.log_metrics({"x": 1.0}, step=0)
+        assert resend(tmp_path) == [tmp_path / "train_ppo"]
+    run = run_of(running.client(), "bucket")
+    assert run.data.metrics == {"x": 1.0} and run.info.status == "FINISHED"
+    assert resend(tmp_path) == []
+    client = running.client()
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["samples.json"]
+    assert client.get_run(run.info.run_id).info.status == "FINISHED"
 
 
 def test_a_name_that_mlflow_refuses_is_changed_and_costs_no_other(running: MLflowServer, tmp_path: Path) -> None:

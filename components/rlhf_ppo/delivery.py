@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,12 +85,16 @@ def _find_run(client: Any, experiment_id: str, tags: dict[str, str]) -> str | No
     return str(runs[0].info.run_id) if runs else None
 
 
+MARKS = {"calls": "sent", "files": "sent-files"}
+"""Files that hold how far each lane got. Files have one of their own: where the store for them fails, metrics go on."""
+
+
 class Delivery:
-    """The spool in ``directory`` on its way: how far it got stands in a file beside it."""
+    """The spool in ``directory`` on its way: how far it got stands in files beside it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.spool, self.mark = directory / "spool.jsonl", directory / "sent"
+        self.spool = directory / "spool.jsonl"
         self.answers = True
         self._client: Any = None
         self._run = self._parent = ""
@@ -100,45 +106,64 @@ class Delivery:
             return False
         with self.spool.open("rb") as stream:
             opening = len(stream.readline())
-        return self.spool.stat().st_size > max(self._sent(), opening)
+        return self.spool.stat().st_size > max(min(self._sent(lane) for lane in MARKS), opening)
 
     def attempt(self) -> bool:
         """Send what is there; false where the server did not take it, now or in the end."""
-        try:
-            for calls, end in self._batches():
-                self._send(calls)
-                self._mark_sent(end)
-            self.answers = True
-        except Exception as error:
-            if self.answers:
-                print(f"[tracking] not delivered yet ({type(error).__name__}); kept in {self.directory}", flush=True)
-            self.answers = False
+        self.answers = all(self._attempt(lane) for lane in MARKS)
         return self.answers
 
-    def _sent(self) -> int:
-        return int(self.mark.read_text() or 0) if self.mark.exists() else 0
+    def _attempt(self, lane: str) -> bool:
+        try:
+            with self._alone():
+                for calls, end in self._batches(lane):
+                    if calls:
+                        self._send(calls)
+                    self._mark_sent(lane, end)
+            return True
+        except Exception as error:
+            if self.answers:
+                reason = (str(error).splitlines() or [""])[0][:300]
+                print(
+                    f"[tracking] not delivered yet ({type(error).__name__}: {reason}); kept in {self.directory}",
+                    flush=True,
+                )
+            return False
 
-    def _mark_sent(self, position: int) -> None:
-        unfinished = self.mark.with_name("sent.unfinished")
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait until nobody else delivers this spool: two at once could make a run twice."""
+        with (self.directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _sent(self, lane: str) -> int:
+        mark = self.directory / MARKS[lane]
+        return int(mark.read_text() or 0) if mark.exists() else 0
+
+    def _mark_sent(self, lane: str, position: int) -> None:
+        mark = self.directory / MARKS[lane]
+        unfinished = mark.with_name(f"{mark.name}.unfinished")
         unfinished.write_text(str(position))
-        os.replace(unfinished, self.mark)
+        os.replace(unfinished, mark)
 
-    def _batches(self) -> Iterator[tuple[list[dict[str, Any]], int]]:
-        """Calls not yet sent, metrics of several put together, with the position after them."""
+    def _batches(self, lane: str) -> Iterator[tuple[list[dict[str, Any]], int]]:
+        """Calls of ``lane`` not yet sent, metrics of several put together, with the position after them."""
         with self.spool.open("rb") as stream:
             self._destination = _destination(stream.readline())
-            stream.seek(max(self._sent(), stream.tell()))
+            stream.seek(max(self._sent(lane), stream.tell()))
             calls: list[dict[str, Any]] = []
             end = stream.tell()
             while (line := stream.readline()).endswith(b"\n"):
-                call = json.loads(line)
-                full = sum(len(c["values"]) for c in calls if c["kind"] == "metrics") >= LARGEST_BATCH // 2
-                if calls and (full or call["kind"] != "metrics" or calls[-1]["kind"] != "metrics"):
-                    yield calls, end
-                    calls = []
-                calls.append(call)
+                call = _call(line)
+                if call is not None and (call["kind"] == "artifact") == (lane == "files"):
+                    full = sum(len(c["values"]) for c in calls if c["kind"] == "metrics") >= LARGEST_BATCH // 2
+                    if calls and (full or call["kind"] != "metrics" or calls[-1]["kind"] != "metrics"):
+                        yield calls, end
+                        calls = []
+                    calls.append(call)
                 end = stream.tell()
-            if calls:
+            if end > self._sent(lane):
                 yield calls, end
 
     def _send(self, calls: list[dict[str, Any]]) -> None:
@@ -148,7 +173,8 @@ class Delivery:
         if self._client is None:
             self._client = client_of(self._destination.uri)
         if not self._run:
-            self._run = self._find_or_make_run(self._destination)
+            # Files that come late are no reason to call an ended run running.
+            self._run = self._find_or_make_run(self._destination, reopen=calls[0]["kind"] != "artifact")
         try:
             if calls[0]["kind"] == "metrics":
                 self._send_metrics([value for call in calls for value in call["values"]], self._run)
@@ -156,11 +182,33 @@ class Delivery:
                 for call in calls:
                     self._send_one(call)
         except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST" and not self._destination.injected_run:
+                # The server came back without its database: all goes to a new run.
+                self._run = ""
+                for lane in MARKS:
+                    self._mark_sent(lane, 0)
+                raise
             if error.error_code not in REFUSED:
                 raise
             print(f"[tracking] MLflow refused {calls[0]['kind']}: {error.message[:300]}", flush=True)
 
-    def _find_or_make_run(self, to: Destination) -> str:
+    def _in_batches(self, values: Sequence[Any], largest: int, send: Callable[[Sequence[Any]], None]) -> None:
+        """Send ``values``; a batch that MLflow refuses is halved, so that one value costs no other."""
+        from mlflow.exceptions import MlflowException
+
+        for start in range(0, len(values), largest):
+            batch = values[start : start + largest]
+            try:
+                send(batch)
+            except MlflowException as error:
+                if error.error_code != "INVALID_PARAMETER_VALUE":
+                    raise
+                if len(batch) == 1:
+                    print(f"[tracking] MLflow refused {batch[0].key}: {error.message[:300]}", flush=True)
+                else:
+                    self._in_batches(batch, (len(batch) + 1) // 2, send)
+
+    def _find_or_make_run(self, to: Destination, *, reopen: bool) -> str:
         if to.injected_run:
             self._client.set_tag(to.injected_run, "rlhf_ppo.step", to.step)
             return to.injected_run
@@ -168,9 +216,9 @@ class Delivery:
         experiment_id = experiment_of(self._client, to.uri, to.experiment)
         tags = {"rlhf_ppo.run_id": to.pipeline_run, "rlhf_ppo.step": to.step, "mlflow.parentRunId": parent}
         found = _find_run(self._client, experiment_id, tags)
-        if found:
+        if found and reopen:
             self._client.update_run(found, status="RUNNING")
-        else:
+        elif not found:
             found = str(self._client.create_run(experiment_id, run_name=to.step, tags={**to.tags, **tags}).info.run_id)
         emit(
             "tracking", step=to.step, tracking_uri=to.uri, experiment=to.experiment, run_id=found, parent_run_id=parent
@@ -181,8 +229,7 @@ class Delivery:
         from mlflow.entities import Metric
 
         metrics = [Metric(name, float(value), when, step) for name, value, when, step in values]
-        for start in range(0, len(metrics), LARGEST_BATCH):
-            self._client.log_batch(run, metrics=metrics[start : start + LARGEST_BATCH])
+        self._in_batches(metrics, LARGEST_BATCH, lambda batch: self._client.log_batch(run, metrics=batch))
 
     def _send_one(self, call: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
@@ -190,10 +237,10 @@ class Delivery:
         kind = call["kind"]
         if kind == "params":
             params = [Param(name, value) for name, value in call["values"].items()]
-            for start in range(0, len(params), 100):
-                self._client.log_batch(self._run, params=params[start : start + 100])
+            self._in_batches(params, 100, lambda batch: self._client.log_batch(self._run, params=batch))
         elif kind == "tags":
-            self._client.log_batch(self._run, tags=[RunTag(name, value) for name, value in call["values"].items()])
+            tags = [RunTag(name, value) for name, value in call["values"].items()]
+            self._in_batches(tags, 100, lambda batch: self._client.log_batch(self._run, tags=batch))
         elif kind == "summary":
             self._send_metrics(call["values"], self._parent or self._run)
         elif kind == "artifact":
@@ -205,6 +252,15 @@ class Delivery:
             self._client.log_inputs(self._run, datasets=[DatasetInput(used, tags=[context])])
         elif kind == "end" and not (self._destination and self._destination.injected_run):
             self._client.set_terminated(self._run, call["status"], call["time"])
+
+
+def _call(line: bytes) -> dict[str, Any] | None:
+    try:
+        call: dict[str, Any] = json.loads(line)
+        return call
+    except ValueError:
+        # A process that was killed left half a line; its other half was never written.
+        return None
 
 
 def _destination(line: bytes) -> Destination:
