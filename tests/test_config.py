@@ -175,11 +175,14 @@ def test_problems_of_all_groups_come_at_once() -> None:
             "data_max_prompt_tokens=512 exceeds pad_max_input_len=100",
         ),
         ({"data_system_prompt": "hello"}, "data_system_prompt='hello'"),
+        ({"mlflow_tracking_uri": "http://me:secret@mlflow:5000"}, "mlflow_tracking_uri holds a password"),
+        ({"query_dataset": "https://me:secret@host/rows.jsonl"}, "query_dataset holds a password"),
     ],
 )
 def test_groups_that_contradict_each_other_are_refused(changes: dict[str, Any], names: str) -> None:
-    with pytest.raises(InputError, match=names):
+    with pytest.raises(InputError, match=names) as caught:
         decode({**NEEDED, **changes})
+    assert "secret" not in str(caught.value)
 
 
 def test_text_from_the_command_line_is_read_by_type() -> None:

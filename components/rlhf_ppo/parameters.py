@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,16 @@ class RunSettings:
         ):
             if not getattr(self.ppo, name):
                 found.append(f"{name} is not set: give {what}")
+        for name, value in (
+            ("mlflow_tracking_uri", self.tracking.mlflow_tracking_uri),
+            ("query_dataset", self.ppo.query_dataset or ""),
+        ):
+            # The value is not repeated: parameters, logs and errors are public.
+            if re.search(r"://[^/\s]*@", value):
+                found.append(
+                    f"{name} holds a password, and parameters are public: leave it out and set the store's own "
+                    "environment variables (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for MLflow)"
+                )
         best = self.ppo.push_to_hub_if_best_kwargs.get("repo_id")
         if best and self.hub.hub_repo_id not in ("", best):
             found.append(

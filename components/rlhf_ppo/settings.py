@@ -125,5 +125,5 @@ class TrackingSettings(Checked):
     """Where runs are tracked."""
 
     mlflow_tracking_uri: str = declare(
-        "", "MLflow server or store; empty takes MLFLOW_TRACKING_URI, and locally SQLite in the run's directory."
+        "", "MLflow server or store; empty takes MLFLOW_TRACKING_URI, and locally mlflow.db beside the run."
     )

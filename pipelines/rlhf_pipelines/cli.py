@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -42,6 +44,9 @@ example:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without arrows must not cost a run its summary
     given = _parser().parse_args(arguments)
     try:
         code: int = given.command(given)
@@ -50,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"rlhf-ppo: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was started", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         return 1
 
@@ -70,9 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         "--set", metavar="NAME=VALUE", action="append", default=[], help="one parameter; wins over the file; repeatable"
     )
     run.add_argument("--run-dir", metavar="DIR", help="new directory for the run; default: runs/DATE-TIME")
+    run.add_argument("--quiet", action="store_true", help="no progress: only the summary, or what went wrong")
     run.set_defaults(command=_run)
     fields = commands.add_parser("fields", help="explain every parameter")
-    fields.add_argument("--markdown", action="store_true", help="as Markdown tables")
+    form = fields.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="as Markdown tables")
+    form.add_argument("--json", action="store_true", help="as a JSON list, one object for each parameter")
     fields.set_defaults(command=_fields)
     compiled = commands.add_parser("compile", help="write the compiled pipeline for a cluster")
     compiled.add_argument("-o", "--output", metavar="FILE", help="YAML file to write; default: standard output")
@@ -87,8 +98,10 @@ def read_parameters(preset_name: str | None, file: str | None, texts: Sequence[s
     Raises InputError with everything that is wrong.
     """
     problems: list[str] = []
+    rejected: set[str] = set()
     values = {name: to_kfp(PARAMETERS[name], value) for name, value in preset(preset_name or "itrex").items()}
-    values |= _from_file(file, problems) if file else {}
+    found = _load(file, problems) if file else {}
+    values |= _from_file(found or {}, problems, rejected)
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
@@ -96,24 +109,38 @@ def read_parameters(preset_name: str | None, file: str | None, texts: Sequence[s
             continue
         try:
             values[name] = parse_text(name, value)
+            rejected.discard(name)
         except InputError as error:
             problems += error.problems
+            rejected.add(name)
     try:
         settings = decode({**defaults(), **values})
     except InputError as error:
-        problems += error.problems
+        # What is said of a value that stands in for a rejected or unread one would mislead.
+        problems += [] if found is None else [text for text in error.problems if not _names_any(text, rejected)]
     if problems:
         raise InputError(problems)
     return encode(settings)
 
 
-def _from_file(file: str, problems: list[str]) -> dict[str, Any]:
+def _names_any(problem: str, names: set[str]) -> bool:
+    return not names.isdisjoint(re.findall(r"\w+", problem))
+
+
+def _load(file: str, problems: list[str]) -> dict[Any, Any] | None:
+    """What a YAML file holds, or None where it can't be used."""
     try:
         found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--parameters={file} can't be read: {error}") from error
+        problems.append(f"--parameters={file} can't be read: {error}")
+        return None
     if not isinstance(found, dict):
-        raise InputError(f"--parameters={file} holds no parameters: give lines like batch_size: 32")
+        problems.append(f"--parameters={file} holds no parameters: give lines like batch_size: 32")
+        return None
+    return found
+
+
+def _from_file(found: dict[Any, Any], problems: list[str], rejected: set[str]) -> dict[str, Any]:
     values = {}
     for name, value in found.items():
         wrong = unknown_names([str(name)])
@@ -129,6 +156,7 @@ def _from_file(file: str, problems: list[str]) -> dict[str, Any]:
             problem = str(error) if isinstance(error, InputError) else parameter.problem(value)
         if problem:
             problems.append(problem)
+            rejected.add(name)
         else:
             values[name] = carried
     return values
@@ -144,7 +172,7 @@ def _run(given: argparse.Namespace) -> int:
     sys.path.insert(0, "")
     validate_config(parameters)
     directory = local.make_run_directory(given.run_dir)
-    progress = Progress()
+    progress = Progress(quiet=given.quiet)
     try:
         code = local.run(parameters, directory, progress.show)
     except KeyboardInterrupt:
@@ -157,7 +185,7 @@ def _run(given: argparse.Namespace) -> int:
         (directory / "summary.json").write_text(json.dumps(progress.last, indent=1), encoding="utf-8")
         print("\n" + summary.succeeded(progress.last, directory))
         return 0
-    print("\n" + summary.failed(failure, progress.open_steps, directory), file=sys.stderr)
+    print("\n" + summary.failed(failure, progress.open_steps, code, directory), file=sys.stderr)
     return 2 if failure and failure["input_error"] else 1
 
 
@@ -169,6 +197,9 @@ def _fields(given: argparse.Namespace) -> int:
         return 0
     from rlhf_ppo.descriptions import describe
 
+    if given.json:
+        print(json.dumps(_listed(), indent=1, ensure_ascii=False))
+        return 0
     width = max(60, min(110, shutil.get_terminal_size().columns))
     values = defaults()
     for group in GROUPS.values():
@@ -180,6 +211,16 @@ def _fields(given: argparse.Namespace) -> int:
     for name, meaning in runtime_fields_of(GROUPS["ppo"]):
         print(f"  {name}: {meaning}")
     return 0
+
+
+def _listed() -> list[dict[str, Any]]:
+    from rlhf_ppo.descriptions import describe
+
+    values = defaults()
+    return [
+        {"name": name, "type": parameter.type.__name__, "default": values[name], "meaning": describe(parameter)}
+        for name, parameter in PARAMETERS.items()
+    ]
 
 
 def _compile(given: argparse.Namespace) -> int:

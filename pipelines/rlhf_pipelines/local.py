@@ -50,11 +50,26 @@ def package() -> str:
 
 def make_run_directory(wanted: str | None) -> Path:
     """The run's directory, made now. Raises InputError where ``wanted`` holds something already."""
-    directory = Path(wanted) if wanted else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    if not wanted:
+        return _new_directory(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    directory = Path(wanted)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"--run-dir={directory} exists and is not empty: name a new directory")
     directory.mkdir(parents=True, exist_ok=True)
     return directory.absolute()
+
+
+def _new_directory(wanted: Path) -> Path:
+    """``wanted``, or with a number where another run that started in the same second has it."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    directory, number = wanted, 1
+    while True:
+        try:
+            directory.mkdir()
+            return directory.absolute()
+        except FileExistsError:
+            number += 1
+            directory = wanted.with_name(f"{wanted.name}-{number}")
 
 
 def run(parameters: Mapping[str, Any], directory: Path, show: Callable[[Event], None]) -> int:
@@ -65,10 +80,15 @@ def run(parameters: Mapping[str, Any], directory: Path, show: Callable[[Event], 
     (directory / "parameters.yaml").write_text(yaml.safe_dump(dict(parameters), sort_keys=False), encoding="utf-8")
     events = directory / "events.jsonl"
     events.touch()
-    with (directory / "pipeline.log").open("wb") as log, _terminable():
+    with (
+        _terminable(),
+        tempfile.TemporaryDirectory(prefix="rlhf-ppo-", ignore_cleanup_errors=True) as temporary,
+        (directory / "pipeline.log").open("wb") as log,
+    ):
         process = subprocess.Popen(
             [sys.executable, "-m", "rlhf_pipelines.local", str(directory)],
-            env=_environment(directory, parameters),
+            # KFP leaves a directory for each step, and whoever is killed leaves more: all go with this one.
+            env={**_environment(directory, parameters), "TMPDIR": temporary},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -104,16 +124,18 @@ def follow(path: Path, running: Callable[[], bool]) -> Iterator[Event]:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM interrupts like Ctrl-C, so that nothing is left running."""
+    """SIGTERM and a closed terminal interrupt like Ctrl-C, so that nothing is left running; nohup keeps its meaning."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -132,6 +154,7 @@ def _environment(directory: Path, parameters: Mapping[str, Any]) -> dict[str, st
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",

@@ -10,31 +10,40 @@ from tqdm import tqdm
 
 QUIET_SECONDS = 5.0
 """Plain lines of steps that don't train come at most this often."""
-BAR = "{desc:<20}{bar:24} {n_fmt}/{total_fmt}  {unit}  {remaining} left"
+BAR = "{desc}  {bar} {n_fmt}/{total_fmt}  {remaining} left  {unit}"
+"""The bar takes what room is left: on 80 columns everything is seen, and the time left on fewer, too."""
 
 
 class Progress:
     """Shows events, and remembers what the summary needs: the last of each kind, and the steps that never ended."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()
+        self.quiet = quiet
         self.last: dict[str, dict[str, Any]] = {}
         self.open_steps: list[str] = []
         self._bar: Any = None
         self._started = 0.0
         self._spoke = 0.0
 
-    def show(self, event: dict[str, Any]) -> None:
-        """Take in one event."""
+    def _note(self, event: dict[str, Any]) -> bool:
+        """Remember one event without a word; False for a failure that follows from an earlier one."""
         kind = event.get("kind", "")
         if kind == "step_started":
             self.open_steps.append(event["step"])
         elif kind in ("step_finished", "step_failed"):
             self.open_steps.remove(event["step"])
         if kind == "step_failed" and "step_failed" in self.last:
-            return  # the first failure is the cause
+            return False  # the first failure is the cause
         self.last[kind] = event
+        return True
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Take in one event and, unless quiet, say it."""
+        if not self._note(event) or self.quiet:
+            return
+        kind = event.get("kind", "")
         if kind == "step_started":
             self._started = self._spoke = time.monotonic()
             if self.live:
@@ -58,9 +67,12 @@ class Progress:
     def _advance(self, event: dict[str, Any]) -> None:
         numbers = {name: _short(value) for name, value in event.get("numbers", {}).items()}
         if self.live:
+            unit = "  ".join(f"{name} {value}" for name, value in numbers.items()) or event["unit"]
             if self._bar is None:
-                self._bar = tqdm(total=event["total"], desc=event["step"], file=self.stream, bar_format=BAR)
-            self._bar.unit = "  ".join(f"{name} {value}" for name, value in numbers.items()) or event["unit"]
+                self._bar = tqdm(total=event["total"], desc=event["step"], unit=unit, file=self.stream, bar_format=BAR)
+                # The time left is reckoned from the step's start, not from its first sign of life.
+                self._bar.start_t -= time.monotonic() - self._started
+            self._bar.unit = unit
             self._bar.n = event["done"]
             self._bar.refresh()
             return

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,22 +58,31 @@ def _tracking(event: dict[str, Any] | None) -> list[tuple[str, str]]:
     return lines
 
 
-def failed(failure: dict[str, Any] | None, open_steps: list[str], directory: Path) -> str:
-    """What went wrong: in the step's own words or, where it was killed, by the end of its log."""
+def failed(failure: dict[str, Any] | None, open_steps: list[str], code: int, directory: Path) -> str:
+    """What went wrong: in the step's own words or, where it was killed, by the end of its log.
+
+    ``code`` is the exit code of the process that ran the pipeline, negative where a signal ended it.
+    """
     log = directory / "pipeline.log"
     if failure:
         said = f"{failure['step']} failed: {failure['message']}"
     else:
-        step = open_steps[0] if open_steps else "the pipeline"
-        said = f"{step} was ended from outside (out of memory?). The last it said:\n" + "\n".join(_last_words(log))
+        if code < 0:
+            what = f"the pipeline was ended by {signal.Signals(-code).name}"
+        elif open_steps:
+            what = f"{open_steps[0]} was ended from outside (out of memory?)"
+        else:
+            what = "the pipeline could not be run"
+        said = f"{what}. The last it said:\n" + "\n".join(_last_words(log))
     return f"{said}\n\nThe whole log: {_shown(log)}"
 
 
 def _last_words(log: Path) -> list[str]:
-    """The last lines before KFP reports a failure, without its colours."""
+    """The last lines, without colours; where KFP reports a failure, those before its report."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
-    before, _, _ = text.partition("finished with status FAILURE")
-    return [line for line in before.splitlines()[:-1] if line.strip()][-LOG_LINES:]
+    before, reported, _ = text.partition("finished with status FAILURE")
+    lines = before.splitlines()
+    return [line for line in (lines[:-1] if reported else lines) if line.strip()][-LOG_LINES:]
 
 
 def _number(value: float | None) -> str:
