@@ -64,3 +64,30 @@ def digests(directory: Path, leave_out: Iterable[str] = ()) -> dict[str, str]:
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON value, in hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def loadable_by_transformers_4(directory: Path) -> None:
+    """Say in the config and the tokenizer of a model also what transformers 4 looks for, in the places where it looks.
+
+    A directory that transformers 5 wrote fails to load there, or loads with a wrong rotary base and without a word.
+    """
+    config_file, tokenizer_file = directory / "config.json", directory / "tokenizer_config.json"
+    if config_file.is_file():
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        rope = config.get("rope_parameters") or {}
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                config.setdefault(name, rope[name])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", rope)
+        if "dtype" in config:
+            config.setdefault("torch_dtype", config["dtype"])
+        write_json(config_file, config)
+    if tokenizer_file.is_file():
+        tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+            tokenizer.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        if isinstance(tokenizer.get("extra_special_tokens"), list):
+            tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+        write_json(tokenizer_file, tokenizer)

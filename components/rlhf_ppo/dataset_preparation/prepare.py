@@ -6,15 +6,21 @@ import hashlib
 import json
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ppo.artifacts import complete_directory, digest_of, sha256, write_json
 from rlhf_ppo.dataset_preparation.sources import read
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.settings import DataSettings
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
 SPLITS = ("train", "validation")
+BATCH = 1000
 
 
 def prepare_dataset(
@@ -38,22 +44,20 @@ def prepare_dataset(
     longest = _longest(data, facts["max_length"], max_new_tokens)
     if data.data_chat_template and not loaded.chat_template:
         raise InputError("data_chat_template=True but the model's tokenizer has no chat template: set it to False")
-    with complete_directory(prompts) as unfinished, tempfile.TemporaryDirectory() as cache:
-        rows, columns, revision = read(query_dataset, data, cache)
-        counts = {"read": len(rows)}
-        kept = _texts(rows, columns, data, loaded, counts)
-        kept = _within(kept, loaded, data, longest, counts)
-        splits = _split(kept, data, counts)
+    with complete_directory(prompts) as unfinished, tempfile.TemporaryDirectory(dir=unfinished) as cache:
+        source = read(query_dataset, data, cache)
+        counts = {"read": len(source.rows)}
+        texts, numbers = _texts(source.rows, data, loaded, counts)
+        table = _within(texts, numbers, loaded, data, longest, counts)
+        splits = _split(table, data, counts)
         _check_counts(query_dataset, data, counts, longest)
         for name in SPLITS:
-            _write_split(unfinished / f"{name}.parquet", splits[name], remove_unused_columns)
-        manifest = _manifest(query_dataset, data, revision, counts, splits, unfinished, tokenizer)
+            rest = None if remove_unused_columns else source.rows
+            _write_split(unfinished / f"{name}.parquet", splits[name], rest)
+        manifest = _manifest(query_dataset, data, source.revision, counts, splits, unfinished, tokenizer)
         write_json(unfinished / "manifest.json", manifest)
         (unfinished / "README.md").write_text(_readme(manifest), encoding="utf-8")
     return manifest
-
-
-Row = dict[str, Any]
 
 
 def _longest(data: DataSettings, max_length: int | None, max_new_tokens: int) -> int:
@@ -67,26 +71,34 @@ def _longest(data: DataSettings, max_length: int | None, max_new_tokens: int) ->
     return min(data.data_max_prompt_tokens, max_length - max_new_tokens)
 
 
-def _texts(
-    rows: list[Row], columns: list[str], data: DataSettings, tokenizer: Any, counts: dict[str, int]
-) -> list[Row]:
-    """Rows with their final text under "prompt", without empty and repeated ones."""
+def _texts(rows: Dataset, data: DataSettings, tokenizer: Any, counts: dict[str, int]) -> tuple[list[str], list[int]]:
+    """The final texts, without empty and repeated ones, and the number of the row that each was first found in."""
     column = data.data_prompt_column
-    if column not in columns:
-        raise InputError(f"data_prompt_column={column!r} is no column of the data: give one of {', '.join(columns)}")
-    counts["empty"] = counts["duplicate"] = 0
-    seen: set[str] = set()
-    kept: list[Row] = []
-    for number, row in enumerate(rows):
-        text = _text(row[column], number, data, tokenizer)
+    if column not in rows.column_names:
+        raise InputError(
+            f"data_prompt_column={column!r} is no column of the data: give one of {', '.join(rows.column_names)}"
+        )
+    counts.update({"empty": 0, "duplicate": 0})
+    seen: dict[str, int] = {}
+    number = -1
+    for number, value in enumerate(_values(rows, column)):
+        text = _text(value, number, data, tokenizer)
         if not text:
             counts["empty"] += 1
         elif text in seen:
             counts["duplicate"] += 1
-        elif not data.data_max_prompts or len(kept) < data.data_max_prompts:
-            seen.add(text)
-            kept.append({**row, "prompt": text})
-    return kept
+        else:
+            seen[text] = number
+            if len(seen) == data.data_max_prompts:
+                break
+    counts["beyond_max_prompts"] = counts["read"] - number - 1
+    return list(seen), list(seen.values())
+
+
+def _values(rows: Dataset, column: str) -> Iterator[Any]:
+    """One column's values, with no more than a batch of them in memory."""
+    for batch in rows.select_columns([column]).iter(BATCH):
+        yield from batch[column]
 
 
 def _text(value: Any, number: int, data: DataSettings, tokenizer: Any) -> str:
@@ -111,7 +123,19 @@ def _text(value: Any, number: int, data: DataSettings, tokenizer: Any) -> str:
         )
     if data.data_system_prompt:
         messages = [{"role": "system", "content": data.data_system_prompt}, *messages]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return _templated(messages, number, data, tokenizer)
+
+
+def _templated(messages: list[dict[str, str]], number: int, data: DataSettings, tokenizer: Any) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise InputError(
+            f"data_chat_template=True: the model's chat template refuses row {number} of "
+            f"data_prompt_column={data.data_prompt_column!r} ({error}): give chats that it takes, or set it to False"
+        ) from error
 
 
 def _is_chat(value: Any) -> bool:
@@ -121,14 +145,26 @@ def _is_chat(value: Any) -> bool:
     )
 
 
-def _within(rows: list[Row], tokenizer: Any, data: DataSettings, longest: int, counts: dict[str, int]) -> list[Row]:
-    """Rows with token ids under "input_ids" that are no longer than ``longest``."""
-    texts = [row["prompt"] for row in rows]
-    # A chat template writes the special tokens itself.
-    ids = tokenizer(texts, add_special_tokens=not data.data_chat_template)["input_ids"] if texts else []
-    kept = [{**row, "input_ids": tokens} for row, tokens in zip(rows, ids, strict=True) if 0 < len(tokens) <= longest]
-    counts["too_long"] = len(rows) - len(kept)
-    return kept
+def _within(
+    texts: list[str], numbers: list[int], tokenizer: Any, data: DataSettings, longest: int, counts: dict[str, int]
+) -> pa.Table:
+    """A table of the texts of no more than ``longest`` tokens: prompt, input_ids, and the number of the row."""
+    import pyarrow as pa
+
+    kinds = {"prompt": pa.string(), "input_ids": pa.list_(pa.int64()), "row": pa.int64()}
+    parts = [pa.table({name: pa.array([], kind) for name, kind in kinds.items()})]
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start : start + BATCH]
+        # A chat template writes the special tokens itself.
+        ids = tokenizer(batch, add_special_tokens=not data.data_chat_template, verbose=False)["input_ids"]
+        fits = [0 < len(tokens) <= longest for tokens in ids]
+        columns = {"prompt": batch, "input_ids": ids, "row": numbers[start : start + BATCH]}
+        parts.append(
+            pa.table({name: pa.array(columns[name], kind) for name, kind in kinds.items()}).filter(pa.array(fits))
+        )
+    table = pa.concat_tables(parts)
+    counts["too_long"] = len(texts) - len(table)
+    return table
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
@@ -136,10 +172,12 @@ def is_held_out(prompt: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def _split(rows: list[Row], data: DataSettings, counts: dict[str, int]) -> dict[str, list[Row]]:
-    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
-    for row in rows:
-        splits["validation" if is_held_out(row["prompt"], data.data_eval_fraction) else "train"].append(row)
+def _split(table: pa.Table, data: DataSettings, counts: dict[str, int]) -> dict[str, pa.Table]:
+    import pyarrow as pa
+
+    held_out = [is_held_out(text, data.data_eval_fraction) for text in table["prompt"].to_pylist()]
+    masks = {"train": [not held for held in held_out], "validation": held_out}
+    splits = {name: table.filter(pa.array(masks[name], pa.bool_())) for name in SPLITS}
     counts.update({name: len(part) for name, part in splits.items()})
     return splits
 
@@ -161,19 +199,17 @@ def _check_counts(query_dataset: str, data: DataSettings, counts: dict[str, int]
             )
 
 
-def _write_split(path: Path, rows: list[Row], remove_unused_columns: bool) -> None:
-    import pyarrow
+def _write_split(path: Path, prompts: pa.Table, rest: Dataset | None) -> None:
+    """Write prompts, with the other columns of ``rest`` where it is given."""
     import pyarrow.parquet as parquet
 
-    columns = {
-        "prompt": pyarrow.array([row["prompt"] for row in rows], pyarrow.string()),
-        "input_ids": pyarrow.array([row["input_ids"] for row in rows], pyarrow.list_(pyarrow.int64())),
-    }
-    if not remove_unused_columns:
-        for name in rows[0]:
-            if name not in columns:
-                columns[name] = pyarrow.array([row[name] for row in rows])
-    parquet.write_table(pyarrow.table(columns), path)
+    table = prompts.select(["prompt", "input_ids"])
+    if rest is not None:
+        taken = rest.select(prompts["row"].to_pylist()).with_format("arrow")[:]
+        for name in taken.column_names:
+            if name not in table.column_names:
+                table = table.append_column(name, taken[name])
+    parquet.write_table(table, path)
 
 
 def _manifest(
@@ -181,11 +217,13 @@ def _manifest(
     data: DataSettings,
     revision: str | None,
     counts: dict[str, int],
-    splits: dict[str, list[Row]],
+    splits: dict[str, pa.Table],
     directory: Path,
     tokenizer: Path,
 ) -> dict[str, Any]:
-    lengths = [len(row["input_ids"]) for rows in splits.values() for row in rows]
+    import pyarrow.compute as compute
+
+    lengths = [n for part in splits.values() for n in compute.list_value_length(part["input_ids"]).to_pylist()]
     hashes = {f"{name}.parquet": sha256(directory / f"{name}.parquet") for name in SPLITS}
     return {
         "source": query_dataset,
@@ -203,5 +241,9 @@ def _manifest(
 
 
 def _readme(manifest: dict[str, Any]) -> str:
+    files = "\n".join(f"  - split: {name}\n    path: {name}.parquet" for name in SPLITS)
     counts = "\n".join(f"- {name}: {count}" for name, count in manifest["counts"].items())
-    return f"# Prompts\n\nMade from `{manifest['source']}`.\n\n{counts}\n\nDigest: `{manifest['digest']}`\n"
+    return (
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n\n# Prompts\n\n"
+        f"Made from `{manifest['source']}`.\n\n{counts}\n\nDigest: `{manifest['digest']}`\n"
+    )

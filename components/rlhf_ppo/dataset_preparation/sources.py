@@ -2,102 +2,158 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
 
+from rlhf_ppo.config_validation.sources import commit_of, kind
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.settings import DataSettings
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 FORMATS = {
     ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
-    ".text": "text",
 }  # fmt: skip
-Rows = tuple[list[dict[str, Any]], list[str], str | None]
+NO_DATA = ("manifest.json", "dataset_infos.json", "dataset_info.json", "state.json")
+"""Files that describe the data beside them."""
 
 
-def read(query_dataset: str, data: DataSettings, cache: str) -> Rows:
-    """All rows, the names of the columns, and the revision on the hub (None for a file).
+class Source(NamedTuple):
+    """All rows, still in Arrow's hands, and the commit of a hub dataset (None for anything else)."""
 
-    A text file has one column, which is given the name that data_prompt_column asks for. ``cache`` is a directory that
-    may be thrown away. Raises InputError that names the parameter, its value and what would be valid.
+    rows: Dataset
+    revision: str | None
+
+
+def read(query_dataset: str, data: DataSettings, cache: str) -> Source:
+    """Open the data set; ``cache`` is a directory that must live as long as the rows are used.
+
+    A text file has one column, which is given the name that data_prompt_column asks for. Raises InputError that names
+    the parameter, its value and what would be valid.
     """
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    path = Path(query_dataset)
-    if "://" in query_dataset:
-        loaded, revision = _load_files(query_dataset, [query_dataset], data, cache), None
-    elif path.exists():
-        loaded, revision = _load_path(query_dataset, path, data, cache), None
-    else:
-        loaded, revision = _load_hub(query_dataset, data)
-    return loaded.to_list(), list(loaded.column_names), revision
-
-
-def _load_path(query_dataset: str, path: Path, data: DataSettings, cache: str) -> Any:
-    if path.is_file():
-        return _load_files(query_dataset, [str(path)], data, cache)
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        return _load_saved(query_dataset, path, data)
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in FORMATS)
-    kinds = {file.suffix.lower() for file in files}
-    if not files:
-        raise InputError(f"query_dataset={query_dataset!r} holds no data files: give files of {', '.join(FORMATS)}")
-    if len({FORMATS[kind] for kind in kinds}) > 1:
+    where = kind(query_dataset)
+    if where == "hub":
+        return _read_hub(query_dataset, data)
+    if data.data_revision:
         raise InputError(
-            f"query_dataset={query_dataset!r} mixes {', '.join(sorted(kinds))}: name one file, or one kind"
+            f"data_revision={data.data_revision!r} has no effect on query_dataset={query_dataset!r}, which is not on "
+            "the hub: leave it empty"
         )
-    return _load_files(query_dataset, [str(file) for file in files], data, cache)
+    path = Path(query_dataset)
+    if where == "url" or path.is_file():
+        return Source(_read_file(query_dataset, data, cache), None)
+    if not path.is_dir():
+        raise InputError(f"query_dataset={query_dataset!r} does not exist: give a hub id, a file, a directory or a URL")
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return Source(_read_saved(query_dataset, path, data), None)
+    return Source(_read_directory(query_dataset, path, data, cache), None)
 
 
-def _load_saved(query_dataset: str, path: Path, data: DataSettings) -> Any:
-    from datasets import DatasetDict, load_from_disk
+def _read_saved(query_dataset: str, path: Path, data: DataSettings) -> Dataset:
+    from datasets import Dataset, load_from_disk
 
-    loaded = load_from_disk(str(path))
-    if not isinstance(loaded, DatasetDict):
-        return loaded
-    if data.data_split not in loaded:
-        raise InputError(f"data_split={data.data_split!r} is not in {query_dataset}: give one of {', '.join(loaded)}")
-    return loaded[data.data_split]
+    try:
+        loaded = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"query_dataset={query_dataset!r} can't be read as a saved dataset: {error}") from error
+    splits = {str(loaded.split or "train"): loaded} if isinstance(loaded, Dataset) else dict(loaded)
+    if data.data_split not in splits:
+        raise InputError(f"data_split={data.data_split!r} is not in {query_dataset}: give one of {', '.join(splits)}")
+    return splits[data.data_split]
 
 
-def _load_files(query_dataset: str, files: list[str], data: DataSettings, cache: str) -> Any:
+def _read_file(query_dataset: str, data: DataSettings, cache: str) -> Dataset:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
-    suffix = Path(files[0]).suffix.lower()
+    suffix = Path(urlsplit(query_dataset).path if "://" in query_dataset else query_dataset).suffix.lower()
     if suffix not in FORMATS:
         raise InputError(f"query_dataset={query_dataset!r} is of no known kind: give one of {', '.join(FORMATS)}")
-    kind = FORMATS[suffix]
-    if "://" not in files[0] and not any(Path(file).stat().st_size for file in files):
+    if "://" not in query_dataset and not Path(query_dataset).stat().st_size:
         raise InputError(f"query_dataset={query_dataset!r} is empty: give at least two prompts")
-    try:
-        if suffix == ".tsv":
-            return load_dataset("csv", data_files=files, split="train", cache_dir=cache, sep="\t")
-        loaded = load_dataset(kind, data_files=files, split="train", cache_dir=cache)
-    except ImportError as error:
-        raise InputError(f"query_dataset={query_dataset!r} needs a package that is not installed: {error}") from error
-    except (DatasetGenerationError, FileNotFoundError, OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise InputError(f"query_dataset={query_dataset!r} can't be read as {kind}: {str(cause)[:300]}") from error
-    return loaded.rename_column("text", data.data_prompt_column) if _renames(kind, data) else loaded
+    if data.data_config or data.data_split.split("[")[0] != "train":
+        raise InputError(
+            f"data_split={data.data_split!r} and data_config={data.data_config!r}: query_dataset={query_dataset!r} is "
+            "one file, which has no splits and no configurations; leave them as they are by default"
+        )
+    separator = {"sep": "\t"} if suffix == ".tsv" else {}
+    with _explained(query_dataset, data):
+        loaded = load_dataset(
+            FORMATS[suffix], data_files=query_dataset, split=data.data_split, cache_dir=cache, **separator
+        )
+    return _with_text_as_prompt(loaded, FORMATS[suffix], data)
 
 
-def _renames(kind: str, data: DataSettings) -> bool:
-    return kind == "text" and data.data_prompt_column != "text"
+def _read_directory(query_dataset: str, path: Path, data: DataSettings, cache: str) -> Dataset:
+    """Files named train*, validation* or test* are these splits, as on the hub; else all are the split train."""
+    from datasets import load_dataset_builder
+
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in FORMATS and file.name not in NO_DATA)
+    files = [file for file in found if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts)]
+    suffixes = sorted({file.suffix.lower() for file in files})
+    if not files:
+        raise InputError(f"query_dataset={query_dataset!r} holds no data files: give files of {', '.join(FORMATS)}")
+    if len({FORMATS[suffix] for suffix in suffixes}) > 1:
+        raise InputError(f"query_dataset={query_dataset!r} mixes {', '.join(suffixes)}: name one file, or one kind")
+    if not any(file.stat().st_size for file in files):
+        raise InputError(f"query_dataset={query_dataset!r} is empty: give at least two prompts")
+    with _explained(query_dataset, data):
+        builder = load_dataset_builder(str(path), data.data_config or None, cache_dir=cache)
+        taken = {Path(file).resolve() for part in (builder.config.data_files or {}).values() for file in part}
+        left = [file.name for file in files if file.resolve() not in taken]
+        if left and not data.data_config:
+            raise InputError(
+                f"query_dataset={query_dataset!r} has files named after splits and others ({', '.join(left[:3])}): "
+                "name one file, or name all after splits"
+            )
+        builder.download_and_prepare()
+        loaded = builder.as_dataset(split=data.data_split)
+    return _with_text_as_prompt(loaded, FORMATS[suffixes[0]], data)
 
 
-def _load_hub(query_dataset: str, data: DataSettings) -> tuple[Any, str | None]:
+def _with_text_as_prompt(loaded: Dataset, form: str, data: DataSettings) -> Dataset:
+    renamed = form == "text" and data.data_prompt_column != "text"
+    return loaded.rename_column("text", data.data_prompt_column) if renamed else loaded
+
+
+def _read_hub(query_dataset: str, data: DataSettings) -> Source:
     from datasets import load_dataset
 
+    commit = commit_of("query_dataset", query_dataset, "data_revision", data.data_revision, "dataset") or None
+    with _explained(query_dataset, data):
+        loaded = load_dataset(query_dataset, data.data_config or None, split=data.data_split, revision=commit)
+    return Source(loaded, commit)
+
+
+@contextmanager
+def _explained(query_dataset: str, data: DataSettings) -> Iterator[None]:
+    """Turns what ``datasets`` raises about the user's input into an InputError."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    what = f"query_dataset={query_dataset!r}"
     try:
-        loaded = load_dataset(
-            query_dataset, data.data_config or None, split=data.data_split, revision=data.data_revision or None
-        )
-    except Exception as error:
+        yield
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"{what} needs a package that is not installed: {error}") from error
+    except DatasetNotFoundError as error:
         raise InputError(
-            f"query_dataset={query_dataset!r} (data_config={data.data_config!r}, data_split={data.data_split!r}, "
-            f"data_revision={data.data_revision!r}) is no path that exists and can't be read from the hub "
-            f"({type(error).__name__}: {str(error)[:200]})"
+            f"{what} is neither a path that exists nor a dataset that can be read on the hub: check the spelling, or "
+            f"set HF_TOKEN to a token that may read it ({error})"
         ) from error
-    return loaded, data.data_revision or None
+    except ConnectionError as error:
+        raise InputError(
+            f"{what} is no path that exists, and its server can't be reached: give a file or a directory, or check the "
+            f"network and HF_ENDPOINT ({error})"
+        ) from error
+    except (DatasetGenerationError, OSError, ValueError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        part = f"data_config={data.data_config!r}, data_split={data.data_split!r}"
+        raise InputError(f"{what} can't be read ({part}): {str(cause or error)[:300]}") from error

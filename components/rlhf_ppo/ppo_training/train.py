@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_ppo.artifacts import complete_directory
+from rlhf_ppo.artifacts import complete_directory, loadable_by_transformers_4
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings
@@ -201,6 +201,7 @@ class Recorder:
         if self.best_step < 0:
             self._save_policy()
         self.trainer.tokenizer.save_pretrained(self.directory)
+        loadable_by_transformers_4(self.directory)
         last = self.lines[-1]
         metrics = {
             "mean_score": sum(self.last_scores) / len(self.last_scores),

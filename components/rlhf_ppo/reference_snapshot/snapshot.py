@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rlhf_ppo.artifacts import complete_directory, digest_of, digests, write_json
+from rlhf_ppo.artifacts import complete_directory, digest_of, digests, loadable_by_transformers_4, write_json
+from rlhf_ppo.config_validation.sources import commit_of, kind
 from rlhf_ppo.errors import InputError
+from rlhf_ppo.reference_snapshot import gguf_file
 
-HUB_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.tiktoken",
+SMALL_FILES = (
+    "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.tiktoken",
 )  # fmt: skip
+TAKEN = ("*.safetensors", *SMALL_FILES)
 """What is taken from a repository: never pickled weights, never code."""
+LEFT = ("*/*", "consolidated*", "adapter_*", "*.py")
+"""What matches and is left even so: other formats of the same weights, adapters, and code."""
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -26,15 +32,8 @@ def snapshot_reference(model_name: str, model_revision: str, reference: Path, to
     ``model_revision``. Raises InputError where there is no such model, or only pickled weights or code of its own.
     """
     with complete_directory(reference) as unfinished, complete_directory(tokenizer) as small:
-        gguf = _gguf_file(model_name)
-        revision = None
-        if gguf is not None:
-            _convert_gguf(gguf, unfinished)
-        elif Path(model_name).is_dir():
-            _copy(model_name, Path(model_name), unfinished)
-        else:
-            revision = _download(model_name, model_revision, unfinished)
-        _check(model_name, unfinished)
+        revision = _take(model_name, model_revision, unfinished)
+        _check_weights(model_name, unfinished)
         _write_tokenizer(model_name, unfinished, small)
         hashes = digests(unfinished)
         found = {
@@ -47,149 +46,194 @@ def snapshot_reference(model_name: str, model_revision: str, reference: Path, to
         return found
 
 
-def _gguf_file(model_name: str) -> Path | None:
+def _take(model_name: str, model_revision: str, directory: Path) -> str | None:
+    """Bring the model's files to ``directory``; returns the commit of a hub model."""
+    if kind(model_name) == "hub":
+        return _download(model_name, model_revision, directory)
+    if model_revision:
+        raise InputError(
+            f"model_revision={model_revision!r} has no effect on model_name={model_name!r}, which is not on the hub: "
+            "leave it empty"
+        )
     path = Path(model_name)
+    if kind(model_name) == "url" or not path.exists():
+        raise InputError(f"model_name={model_name!r} does not exist: give a hub id, a directory, or a GGUF file")
+    gguf = _gguf_of(model_name, path)
+    if gguf is not None:
+        gguf_file.convert(model_name, gguf, directory)
+        _check_config(model_name, directory)
+    else:
+        names = [file.name for file in path.iterdir()]
+        _refuse_pickles(model_name, names)
+        _check_config(model_name, path)
+        _copy(path, directory)
+    return None
+
+
+def _gguf_of(model_name: str, path: Path) -> Path | None:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(f"model_name={model_name!r} is a file but no GGUF file: give a GGUF file or a directory")
         return path
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+    if not files or any(path.glob("*.safetensors")):
+        return None
     if len(files) > 1:
-        raise InputError(f"model_name={model_name!r} holds {len(files)} GGUF files: name the one to use")
-    return files[0] if files else None
-
-
-def _convert_gguf(source: Path, directory: Path) -> None:
-    """Dequantise a GGUF file to plain fp32 weights."""
-    try:
-        import gguf  # noqa: F401  (transformers asks for it deep inside)
-    except ImportError as error:
         raise InputError(
-            f'model_name={str(source)!r} is a GGUF file: pip install "rlhf-ppo[train]" to read it'
-        ) from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    # transformers wants the folder and the file's name apart; the file may be a link.
-    folder, name = str(source.parent), source.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)
-    config = loaded.config
-    # transformers 5 takes the dequantised model for a quantised one and won't save it.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    ends = _special_tokens(source)
-    for key, value in ends.items():
-        setattr(config, key, value)
-        # transformers 4 takes the beginning for the end here.
-        setattr(tokenizer, key.removesuffix("_id"), tokenizer.convert_ids_to_tokens(value))
-    plain = type(loaded)(config)
-    weights = {name: value.float() for name, value in loaded.state_dict().items()}
-    missing, unexpected = plain.float().load_state_dict(weights, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise InputError(f"model_name={str(source)!r}: weights don't fit: missing {missing}, unexpected {unexpected}")
-    plain.tie_weights()
-    plain.generation_config = GenerationConfig(**ends)
-    plain.save_pretrained(directory, safe_serialization=True)
-    tokenizer.save_pretrained(directory)
+            f"model_name={model_name!r} holds {len(files)} GGUF files: name the one to use, e.g. {files[0]}"
+        )
+    return files[0]
 
 
-def _special_tokens(source: Path) -> dict[str, int]:
-    """The ids of the special tokens as the file itself says; what pads is the end where nothing else is named."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(source)
-    found = {}
-    for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
-        if field is not None:
-            found[name] = int(field.contents())
-    if "eos_token_id" in found:
-        found.setdefault("pad_token_id", found["eos_token_id"])
-    return found
+def _is_taken(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in TAKEN) and not any(fnmatch(name, pattern) for pattern in LEFT)
 
 
-def _copy(model_name: str, source: Path, directory: Path) -> None:
-    for pattern in HUB_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
-    _refuse_pickles(model_name, source, directory)
+def _copy(source: Path, directory: Path) -> None:
+    for file in source.iterdir():
+        if file.is_file() and _is_taken(file.name):
+            shutil.copyfile(file, directory / file.name)
 
 
-def _refuse_pickles(model_name: str, source: Path, directory: Path) -> None:
-    if any(directory.glob("*.safetensors")):
+def _refuse_pickles(model_name: str, names: list[str]) -> None:
+    if any(name.endswith(".safetensors") and _is_taken(name) for name in names):
         return
-    pickled = sorted(file.name for pattern in PICKLED for file in source.glob(pattern))
+    pickled = sorted(name for name in names for pattern in PICKLED if fnmatch(name, pattern))
     what = f"only pickled weights ({', '.join(pickled[:3])}), which are never loaded" if pickled else "no weights"
     raise InputError(f"model_name={model_name!r} has {what}: give a model with *.safetensors weights, or a GGUF file")
 
 
-def _download(model_name: str, revision: str, directory: Path) -> str:
-    """Fetch a hub model; returns the commit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+def _download(model_name: str, model_revision: str, directory: Path) -> str:
+    """Fetch a hub model, what can speak against it before its weights; returns the commit."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    revision = commit_of("model_name", model_name, "model_revision", model_revision, "model") or None
     try:
-        cached = Path(snapshot_download(model_name, revision=revision or None, allow_patterns=list(HUB_FILES)))
-    except RevisionNotFoundError as error:
-        raise InputError(
-            f"model_revision={revision!r} does not exist in {model_name}: give a commit, tag or branch"
-        ) from error
-    except (GatedRepoError, RepositoryNotFoundError) as error:
-        raise InputError(
-            f"model_name={model_name!r} is neither a path that exists nor a hub model that can be read: check the "
-            "spelling, or set HF_TOKEN to a token that may read it"
-        ) from error
-    except Exception as error:
-        raise InputError(
-            f"model_name={model_name!r} is no path that exists, and the hub can't be reached "
-            f"({type(error).__name__}): give a directory or a GGUF file, or check the network"
-        ) from error
-    _copy(model_name, cached, directory)
-    # The cache keeps a repository's commit as the name of the folder.
-    return cached.name
+        cached = Path(snapshot_download(model_name, revision=revision, allow_patterns=[*SMALL_FILES],
+                                        ignore_patterns=[*LEFT]))  # fmt: skip
+        # The cache keeps a repository's commit as the name of the folder.
+        commit = cached.name
+        _check_config(model_name, cached)
+        snapshot_download(model_name, revision=commit, allow_patterns=[*TAKEN], ignore_patterns=[*LEFT])
+        names = [file.name for file in cached.iterdir()]
+        if not any(name.endswith(".safetensors") for name in names):
+            names = HfApi().list_repo_files(model_name, revision=commit)
+        _refuse_pickles(model_name, names)
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise InputError(_why_not_downloaded(model_name, error)) from error
+    _copy(cached, directory)
+    return commit
 
 
-def _check(model_name: str, directory: Path) -> None:
-    config_file = directory / "config.json"
-    if not config_file.exists():
+def _why_not_downloaded(model_name: str, error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = status or getattr(getattr(error.__cause__, "response", None), "status_code", None)
+    if status in (401, 403, 404):
+        return (
+            f"model_name={model_name!r} can't be read from the hub (HTTP {status}): check the spelling, or set "
+            "HF_TOKEN to a token that may read it"
+        )
+    return (
+        f"model_name={model_name!r} is no path that exists, and the hub can't be reached "
+        f"({type(error.__cause__ or error).__name__}): give a directory or a GGUF file, or check the network and "
+        "HF_ENDPOINT"
+    )
+
+
+def _check_config(model_name: str, directory: Path) -> None:
+    """Refuse what is no causal language model of transformers' own, before its weights are touched."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    valid = "give a causal language model of an architecture that transformers knows"
+    if not (directory / "config.json").exists():
         raise InputError(
             f"model_name={model_name!r} has no config.json: give a model in Hugging Face's format, or GGUF"
         )
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    if "auto_map" in config:
+    for name in ("config.json", "tokenizer_config.json"):
+        if (directory / name).exists() and "auto_map" in _json(model_name, directory / name):
+            raise InputError(
+                f"model_name={model_name!r} needs code of its own (auto_map in {name}), which is never run: {valid}"
+            )
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"model_name={model_name!r} needs code of its own (auto_map in config.json), which is never run: "
-            "give a model of an architecture that transformers knows"
-        )
-    if config.get("is_encoder_decoder"):
-        raise InputError(f"model_name={model_name!r} is an encoder-decoder model: give a causal language model")
+            f"model_name={model_name!r} has a config.json that can't be read ({error}): {valid}"
+        ) from error
+    heads = config.architectures or []
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"model_name={model_name!r} is a {config.model_type}, no causal language model: {valid}")
+    if any("Classification" in head or "QuestionAnswering" in head for head in heads):
+        raise InputError(f"model_name={model_name!r} is a {heads[0]}, no language model: {valid}")
+
+
+def _json(model_name: str, file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"model_name={model_name!r}: {file.name} is no JSON ({error}): give a whole model") from error
+    return found
+
+
+def _check_weights(model_name: str, directory: Path) -> None:
+    """Refuse weights that are missing or cut short; reads the head of each file only."""
+    from safetensors import SafetensorError, safe_open
+
+    index = directory / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if not (directory / "model.safetensors").exists() and index.exists():
+        names = set(_json(model_name, index)["weight_map"].values())
+    for name in sorted(names):
+        try:
+            with safe_open(directory / name, framework="pt"):
+                pass
+        except FileNotFoundError as error:
+            raise InputError(f"model_name={model_name!r} has no {name}: give a whole model") from error
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"model_name={model_name!r}: {name} is broken or only a pointer to a file elsewhere ({error}): "
+                "fetch it again"
+            ) from error
 
 
 def _write_tokenizer(model_name: str, reference: Path, tokenizer: Path) -> None:
     """Give the tokenizer a pad token where it has none, and write it both beside the model and by itself."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
-    if not any(file for pattern in VOCABULARIES for file in reference.glob(pattern)):
-        raise InputError(f"model_name={model_name!r} has no tokenizer: put tokenizer.json beside the weights")
-    try:
-        loaded = AutoTokenizer.from_pretrained(reference)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model_name={model_name!r} has no tokenizer that can be loaded ({error})") from error
-    if loaded.pad_token is None:
-        loaded.pad_token = loaded.eos_token
-        loaded.save_pretrained(reference)
-    loaded.save_pretrained(tokenizer)
     config = AutoConfig.from_pretrained(reference)
     if not (reference / "generation_config.json").exists():
         GenerationConfig.from_model_config(config).save_pretrained(reference)
     generation = GenerationConfig.from_pretrained(reference)
-    ends = generation.eos_token_id if generation.eos_token_id is not None else loaded.eos_token_id
-    write_json(
-        tokenizer / "model.json",
-        {
-            "max_length": getattr(config, "max_position_embeddings", None),
-            "eos_token_ids": [ends] if isinstance(ends, int) else list(ends or []),
-            "has_chat_template": bool(loaded.chat_template),
-        },
-    )
+    loaded = _tokenizer(model_name, reference)
+    ends = loaded.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    if loaded.pad_token is None:
+        padding = loaded.eos_token or (loaded.convert_ids_to_tokens(ends[0]) if ends else None)
+        if padding is None:
+            raise InputError(
+                f"model_name={model_name!r} has a tokenizer with neither a pad token nor an end of sequence: name one "
+                "in tokenizer_config.json"
+            )
+        file = reference / "tokenizer_config.json"
+        write_json(file, {**(_json(model_name, file) if file.exists() else {}), "pad_token": padding})
+        loaded = _tokenizer(model_name, reference)
+    loaded.save_pretrained(tokenizer)
+    loadable_by_transformers_4(tokenizer)
+    facts = {
+        "max_length": getattr(config.get_text_config(), "max_position_embeddings", None),
+        "eos_token_ids": ends,
+        "has_chat_template": bool(loaded.chat_template),
+    }
+    write_json(tokenizer / "model.json", facts)
+
+
+def _tokenizer(model_name: str, reference: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any(file for pattern in VOCABULARIES for file in reference.glob(pattern)):
+        raise InputError(f"model_name={model_name!r} has no tokenizer: put tokenizer.json beside the weights")
+    try:
+        return AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
+    except Exception as error:  # whatever a broken file makes a tokenizer of some kind raise
+        raise InputError(f"model_name={model_name!r} has no tokenizer that can be loaded ({error})") from error
