@@ -326,6 +326,8 @@ def test_every_kl_penalty_keeps_objective_kl_as_it_is(kind: str) -> None:
     reference = response_logprobs(llama(1), rollout.queries, rollout.responses)
     expected = sum(float((a - b).sum()) for a, b in zip(rollout.logprobs, reference, strict=True)) / 8
     assert stats["objective/kl"] == pytest.approx(expected, abs=1e-4)
+    nll = -sum(float(row.sum()) for row in rollout.logprobs) / 8
+    assert stats["objective/entropy"] == pytest.approx(nll, abs=1e-3) and nll > 0
     if kind != "kl":
         assert stats["ppo/mean_non_score_reward"] < 0
 
