@@ -61,4 +61,4 @@ $(VENV)-4.55/.ready: pyproject.toml constraints-4.55.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-4.55 build dist runs *.egg-info components/*.egg-info
+	rm -rf $(VENV) $(VENV)-4.55 build dist runs *.egg-info components/*.egg-info examples/movie_sentiment/inputs

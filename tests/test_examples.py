@@ -48,7 +48,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     make_inputs.main()
     made = (inputs / "sentiment.npz").stat().st_mtime_ns
     make_inputs.main()
-    return {"inputs": inputs, "reward": reward, "made_again": (inputs / "sentiment.npz").stat().st_mtime_ns != made}
+    return {
+        "inputs": inputs,
+        "reward": reward,
+        "script": make_inputs,
+        "made_again": (inputs / "sentiment.npz").stat().st_mtime_ns != made,
+    }
 
 
 def test_the_demos_inputs_are_made_once_and_whole(demo: dict[str, Any]) -> None:
@@ -63,6 +68,19 @@ def test_the_demos_inputs_are_made_once_and_whole(demo: dict[str, Any]) -> None:
     prompts = [json.loads(line)["prompt"] for line in (demo["inputs"] / "prompts.jsonl").read_text().splitlines()]
     assert len(set(prompts)) == len(prompts) > 4000
     assert all(prompt.startswith("Movie review: ") and len(prompt.split()) <= 7 for prompt in prompts)
+
+
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct.gguf", "prompts.jsonl", "sentiment.npz", "manifest.json"])
+def test_the_demos_inputs_are_not_made_where_one_is_gone_or_a_link_is_dead(demo: dict[str, Any], name: str) -> None:
+    inputs, made = demo["inputs"], demo["script"].made
+    versions = json.loads((inputs / "manifest.json").read_text())
+    assert made(versions) and not made({**versions, "script": "another"})
+    (inputs / name).rename(inputs / "aside")
+    (inputs / name).symlink_to(inputs / "nothing")
+    try:
+        assert not made(versions)
+    finally:
+        (inputs / "aside").replace(inputs / name)
 
 
 def test_the_demos_reward_tells_friendly_from_unfriendly(demo: dict[str, Any]) -> None:

