@@ -28,7 +28,7 @@ from rlhf_ppo.policy_evaluation.statistics import (
     per_prompt,
 )
 from rlhf_ppo.ppo import Sampling
-from rlhf_ppo.ppo.generation import sample
+from rlhf_ppo.ppo.generation import draw, sample
 from rlhf_ppo.settings import GateSettings
 from tiny_models import llama, queries, word_tokenizer
 
@@ -283,7 +283,9 @@ def test_kl_is_that_of_the_policys_own_samples(inputs: Path, tmp_path: Path, tem
     policy, reference = llama(seed=7), llama(seed=0)
     asked = [query for query in queries(3, 5, 2, 4, 3, 6, 5, 4)[:PROMPTS] for _ in range(EACH)]
     sampling = Sampling.for_model(policy, 8, temperature)
-    responses = sample(policy, asked, sampling, torch.Generator().manual_seed(1234), 64).responses
+    responses = sample(
+        policy, asked, sampling, draw(len(asked), sampling.max_new_tokens, torch.Generator().manual_seed(1234))
+    ).responses
     total = 0.0
     for query, response in zip(asked, responses, strict=True):
         ids = torch.cat([query, response])[None]

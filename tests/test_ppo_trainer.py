@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
-from rlhf_ppo.ppo.generation import sample
+from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, generation, train
+from rlhf_ppo.ppo.experience import Update
+from rlhf_ppo.ppo.generation import Generated, draw
 from rlhf_ppo.ppo.models import Sequences, response_logits
-from rlhf_ppo.ppo.rollout import batches_by_length, response_logprobs, score_with_policy
+from rlhf_ppo.ppo.rollout import Rollout, batches_by_length, response_logprobs, score_with_policy
+from rlhf_ppo.ppo.statistics import Clock
 from tiny_models import gemma2, gpt2, llama, neox, queries, qwen2, word_tokenizer
 
 ARCHITECTURES = [llama, gpt2, gemma2, neox, qwen2]
@@ -34,6 +36,16 @@ def trainer(model: nn.Module | None = None, reference: nn.Module | None = None, 
     torch.manual_seed(5)
     nn.init.normal_(policy.v_head.summary.weight, std=0.2)
     return PPOTrainer(settings(**changes), policy, reference or llama(1), word_tokenizer(), sampling=SAMPLING)
+
+
+def sample(model: nn.Module, asked: list[Tensor], sampling: Sampling, seed: int = 0, batch_size: int = 64) -> Generated:
+    uniform = draw(len(asked), sampling.max_new_tokens, torch.Generator().manual_seed(seed))
+    return generation.sample(model, asked, sampling, uniform, batch_size)
+
+
+def begun(trained: PPOTrainer, rollout: Rollout, scores: list[float]) -> Update:
+    """The update of a batch before its first optimizer step."""
+    return trained._begin(rollout, scores, Clock())
 
 
 def weights(trained: PPOTrainer) -> dict[str, Tensor]:
@@ -74,7 +86,7 @@ def test_a_rollouts_logprobs_and_values_are_those_of_a_second_pass(architecture:
 def test_sampled_tokens_have_the_models_probabilities() -> None:
     model = llama()
     query = queries(3)[0]
-    drawn = sample(model, [query] * 4000, Sampling(1), torch.Generator().manual_seed(0), batch_size=4000)
+    drawn = sample(model, [query] * 4000, Sampling(1), batch_size=4000)
     counted = torch.bincount(torch.cat(drawn.responses), minlength=64) / 4000
     expected = model(input_ids=query[None]).logits[0, -1].softmax(-1).detach()
     assert float((counted - expected).abs().max()) < 4 * math.sqrt(0.05 * 0.95 / 4000)
@@ -83,7 +95,7 @@ def test_sampled_tokens_have_the_models_probabilities() -> None:
 def test_a_response_ends_with_the_first_end_token_and_rows_that_leave_disturb_no_other() -> None:
     asked = queries(3, 5, 4, 6, 2, 7, 3, 5)
     ends = tuple(range(2, 12))
-    found = sample(llama(), asked, Sampling(12, eos_token_ids=ends), torch.Generator().manual_seed(3))
+    found = sample(llama(), asked, Sampling(12, eos_token_ids=ends), seed=3)
     assert any(len(response) < 12 for response in found.responses)
     for query, response, logprobs in zip(asked, found.responses, found.logprobs, strict=True):
         assert not set(response[:-1].tolist()) & set(ends)
@@ -93,13 +105,13 @@ def test_a_response_ends_with_the_first_end_token_and_rows_that_leave_disturb_no
 
 def test_an_end_token_inside_the_prompt_ends_nothing() -> None:
     query = torch.tensor([5, 2, 7])
-    found = sample(llama(), [query], Sampling(6), torch.Generator().manual_seed(0))
+    found = sample(llama(), [query], Sampling(6))
     assert len(found.responses[0]) == 6
 
 
 def test_logprobs_are_those_of_the_tempered_policy() -> None:
     asked, sampling = queries(4), Sampling(8, temperature=0.5)
-    found = sample(llama(), asked, sampling, torch.Generator().manual_seed(0))
+    found = sample(llama(), asked, sampling)
     again = response_logprobs(llama(), asked, found.responses, temperature=0.5)
     torch.testing.assert_close(found.logprobs[0], again[0], atol=1e-5, rtol=1e-5)
 
@@ -108,16 +120,16 @@ def test_top_k_and_top_p_restrict_what_is_drawn() -> None:
     model, query = llama(), queries(3)[0]
     order = model(input_ids=query[None]).logits[0, -1].argsort(descending=True)
     for sampling in (Sampling(1, top_k=3), Sampling(1, top_p=0.05)):
-        drawn = sample(model, [query] * 200, sampling, torch.Generator().manual_seed(0), batch_size=200)
+        drawn = sample(model, [query] * 200, sampling, batch_size=200)
         assert set(torch.cat(drawn.responses).tolist()) <= set(order[:3].tolist())
-    greedy = sample(model, [query], Sampling(1, do_sample=False), torch.Generator())
+    greedy = sample(model, [query], Sampling(1, do_sample=False))
     assert greedy.responses[0].tolist() == [int(order[0])]
 
 
 def test_rollouts_have_no_dropout_and_leave_the_mode_as_it_was() -> None:
     model = gpt2(dropout=0.5).train()
     asked = queries(3, 4)
-    first, second = (sample(model, asked, Sampling(6, do_sample=False), torch.Generator()).logprobs for _ in range(2))
+    first, second = (sample(model, asked, Sampling(6, do_sample=False)).logprobs for _ in range(2))
     torch.testing.assert_close(first, second)
     assert model.training
 
@@ -218,10 +230,10 @@ def test_accumulated_gradients_are_the_mean_over_minibatches_and_a_skipped_one_a
     for case, rows, spoiled in (("both", range(8), ()), ("one", range(4), ()), ("spoiled", range(8), range(4, 8))):
         trained = trainer(gradient_accumulation_steps=2 if case != "one" else 1, mini_batch_size=4, batch_size=8)
         rollout = trained.rollout(queries(*[4] * 8))
-        experience = trained._experience(rollout, torch.arange(8.0), rollout.logprobs, None)
+        update = begun(trained, rollout, [float(row) for row in range(8)])
         for row in spoiled:
-            experience.logprobs[row] -= 50
-        _, used = trained._accumulate(experience, list(rows))
+            update.experience.logprobs[row] -= 50
+        used = trained.optimization._accumulate(update, list(rows))
         assert used == (1 if case != "both" else 2)
         found[case] = gradients(trained)
     for name, gradient in found["spoiled"].items():
@@ -234,20 +246,17 @@ def test_accumulated_gradients_are_the_mean_over_minibatches_and_a_skipped_one_a
 def gradients_of_rows(rows: list[int]) -> dict[str, Tensor]:
     trained = trainer()
     rollout = trained.rollout(queries(*[4] * 8))
-    trained._accumulate(trained._experience(rollout, torch.arange(8.0), rollout.logprobs, None), rows)
+    trained.optimization._accumulate(begun(trained, rollout, [float(row) for row in range(8)]), rows)
     return gradients(trained)
 
 
 def test_a_tempered_policy_is_updated_at_its_own_temperature() -> None:
-    trained = trainer()
+    trained = trainer(ppo_epochs=1, mini_batch_size=8)
     trained.sampling = Sampling(8, temperature=0.5, eos_token_ids=(2,))
     experience_rollout = trained.rollout(queries(*[4] * 8))
     again = score_with_policy(trained.policy, experience_rollout.queries, experience_rollout.responses, temperature=0.5)
     for row, expected in zip(again.logprobs, experience_rollout.logprobs, strict=True):
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
-    object.__setattr__(trained.config, "ppo_epochs", 1)
-    object.__setattr__(trained.config, "mini_batch_size", 8)
-    object.__setattr__(trained.config, "backward_batch_size", 8)
     stats = trained.update(experience_rollout, [float(row) for row in range(8)])
     assert stats["ppo/policy/ratio_mean"] == pytest.approx(1, abs=1e-4)
 
@@ -311,7 +320,7 @@ def test_with_adapters_the_reference_is_the_policy_without_them_and_only_they_ar
     moved = {name for name, value in weights(trained).items() if not torch.equal(value, before[name])}
     assert moved and all("lora_" in name or "v_head" in name for name in moved)
     rollout = trained.rollout(asked)
-    reference_rows, _ = trained._reference_logprobs(rollout)
+    reference_rows = trained._reference_rows(rollout, full=False)["ref"]
     plain = response_logprobs(llama(0), asked, rollout.responses)
     for row, expected in zip(reference_rows, plain, strict=True):
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.fields import Checked, declare, parameters_of, runtime
 
-KL_PENALTIES = ("kl", "abs", "mse", "full")
+KL_PENALTIES = ("kl", "abs", "mse", "full", "k3")
 TRACKERS = ("mlflow", "wandb", "tensorboard")
 
 
@@ -82,8 +82,8 @@ class PPOConfig(Checked):
     init_kl_coef: float = declare(0.2, "KL coefficient at the start.", minimum=0)
     kl_penalty: str = declare(
         "kl",
-        "Penalty per token: kl = logp - ref_logp; abs = its absolute value; mse = half its square; "
-        "full = exact KL over the vocabulary.",
+        "Penalty per token: kl = logp - ref_logp (k1); abs = its absolute value; mse = half its square (k2); "
+        "full = exact KL over the vocabulary; k3 = exp(-kl) - 1 + kl, never negative.",
         choices=KL_PENALTIES,
     )
     target: float = declare(6.0, "KL that the adaptive coefficient aims at.", unit="nats per response", above=0)

@@ -17,6 +17,8 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.fields import Parameter, parameters_of
 from rlhf_ppo.settings import (
+    AlgorithmSettings,
+    CheckpointSettings,
     DataSettings,
     EvaluationSettings,
     GateSettings,
@@ -37,6 +39,8 @@ class RunSettings:
     data: DataSettings
     reward: RewardSettings
     rollout: RolloutSettings
+    algorithm: AlgorithmSettings
+    checkpoint: CheckpointSettings
     evaluation: EvaluationSettings
     gate: GateSettings
     hub: HubSettings
@@ -72,6 +76,11 @@ class RunSettings:
             found.append(
                 f"hub_repo_id={self.hub.hub_repo_id!r} contradicts push_to_hub_if_best_kwargs' "
                 f"repo_id={best!r}: give one of them, or the same in both"
+            )
+        if self.algorithm.ppo_shared_layers and self.model.model_lora_r:
+            found.append(
+                f"ppo_shared_layers={self.algorithm.ppo_shared_layers} has no effect with model_lora_r="
+                f"{self.model.model_lora_r}, whose reference is the policy without its adapters: set one of them to 0"
             )
         if self.ppo.pad_for_acceleration:
             found += self._padding_problems()

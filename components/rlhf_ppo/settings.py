@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from rlhf_ppo.config import KL_PENALTIES
 from rlhf_ppo.fields import Checked, declare
 
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -82,6 +83,73 @@ class RolloutSettings(Checked):
         1.0, "Temperature of sampling; log-probabilities are those of the tempered policy.", above=0
     )
     rollout_batch_size: int = declare(64, "Responses sampled at once.", minimum=1)
+
+
+@dataclass(frozen=True)
+class AlgorithmSettings(Checked):
+    """What this trainer can do beyond PPOConfig's fields; the defaults change nothing."""
+
+    ppo_controller_kl: str = declare(
+        "kl",
+        "The KL that the adaptive coefficient reads, in the terms of kl_penalty. kl is the rule of Intel's trainer; "
+        "TRL's reads what kl_penalty names.",
+        choices=KL_PENALTIES,
+    )
+    ppo_missing_eos_penalty: float = declare(
+        0.0, "Subtracted from the score of a response that reaches its longest length without an end.", minimum=0
+    )
+    ppo_shared_layers: int = declare(
+        0, "First layers, with the embeddings, that are frozen and shared with the reference in memory.", minimum=0
+    )
+    ppo_value_head: str = declare(
+        "",
+        "A value head to start from: a safetensors file, or a directory that this pipeline or TRL saved; empty starts "
+        "at zero.",
+    )
+    ppo_separate_critic: bool = declare(
+        False, "Learn the value in a second copy of the model, so that it does not share the policy's layers."
+    )
+    ppo_critic_learning_rate: float | None = declare(
+        None, "With ppo_separate_critic: its learning rate; off takes learning_rate.", above=0
+    )
+
+    def relations(self) -> list[str]:
+        """The problems that concern more than one field."""
+        if self.ppo_critic_learning_rate and not self.ppo_separate_critic:
+            return [
+                f"ppo_critic_learning_rate={self.ppo_critic_learning_rate} has no effect without "
+                "ppo_separate_critic=True: set both, or neither"
+            ]
+        return []
+
+
+@dataclass(frozen=True)
+class CheckpointSettings(Checked):
+    """How training is kept from being lost."""
+
+    checkpoint_dir: str = declare(
+        "",
+        "Directory that outlives the training's container, e.g. on a mounted volume; empty takes RLHF_PPO_CHECKPOINTS, "
+        "and else a place beside the step's outputs.",
+    )
+    checkpoint_name: str = declare(
+        "",
+        "Folder of this training in checkpoint_dir; empty makes a name from everything that decides the result, so "
+        "that the same training, started again, goes on.",
+    )
+    checkpoint_every: int = declare(
+        5,
+        "Write a checkpoint after every n-th PPO step; 0 only when the container is told to stop.",
+        unit="PPO steps",
+        minimum=0,
+    )
+    checkpoint_keep: int = declare(2, "Latest checkpoints that are kept, besides the best policy.", minimum=1)
+
+    def relations(self) -> list[str]:
+        """The problems of a name."""
+        if re.fullmatch(r"[\w.-]*", self.checkpoint_name) and self.checkpoint_name not in (".", ".."):
+            return []
+        return [f"checkpoint_name={self.checkpoint_name!r} is no name of a folder: use letters, digits, '.', '_', '-'"]
 
 
 @dataclass(frozen=True)

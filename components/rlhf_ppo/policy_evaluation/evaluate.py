@@ -19,7 +19,7 @@ from rlhf_ppo.policy_evaluation.gate import decide
 from rlhf_ppo.policy_evaluation.report import render
 from rlhf_ppo.policy_evaluation.statistics import Samples, compare, kl_estimates
 from rlhf_ppo.ppo import Prompt, Sampling
-from rlhf_ppo.ppo.generation import Generated, sample
+from rlhf_ppo.ppo.generation import Generated, draw, sample
 from rlhf_ppo.ppo.models import load_model
 from rlhf_ppo.ppo.rewards import Reward, load_reward, score
 from rlhf_ppo.ppo.rollout import response_logprobs
@@ -117,9 +117,10 @@ def _respond(
     model: Any, prompts: Sequence[Prompt], settings: RunSettings, progress: Callable[[int], None]
 ) -> Generated:
     sampling = Sampling.for_model(model, settings.rollout.rollout_max_new_tokens, settings.rollout.rollout_temperature)
-    generator = torch.Generator(model.device).manual_seed(settings.evaluation.eval_seed)
+    generator = torch.Generator().manual_seed(settings.evaluation.eval_seed)
+    uniform = draw(len(prompts), sampling.max_new_tokens, generator)
     queries = [prompt.input_ids.to(model.device) for prompt in prompts]
-    return sample(model, queries, sampling, generator, settings.rollout.rollout_batch_size, progress)
+    return sample(model, queries, sampling, uniform, settings.rollout.rollout_batch_size, progress)
 
 
 def _logprobs(model: Any, prompts: Sequence[Prompt], generated: Generated, settings: RunSettings) -> list[torch.Tensor]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ppo.ppo.tensors import Reduce, whiten
+from rlhf_ppo.ppo.tensors import whiten
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
-    """KL penalty per token from log-probabilities (any shape), for the kinds kl, abs and mse (½ d²).
+    """Estimate of the KL divergence to the reference per token, from log-probabilities (any shape).
 
-    ``full`` needs both distributions: see ``full_kl``. Follows TRL 0.11.4, ``PPOTrainer._kl_penalty``.
+    With d = logp - ref_logp: ``kl`` is d (the estimator k1), ``abs`` |d|, ``mse`` ½ d² (k2), and ``k3``
+    exp(-d) - 1 + d, which is never negative and has the mean of k1 (Schulman 2020, "Approximating KL divergence").
+    ``full``, the exact divergence, needs both distributions: see ``full_kl``.
+    Follows TRL 0.11.4, ``PPOTrainer._kl_penalty``, for all but k3.
     """
     difference = logprobs - ref_logprobs
     if kind == "kl":
@@ -23,7 +26,9 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
         return difference.abs()
     if kind == "mse":
         return 0.5 * difference**2
-    raise ValueError(f"kl_penalty={kind!r}: give kl, abs or mse, or use full_kl")
+    if kind == "k3":
+        return torch.expm1(-difference) + difference
+    raise ValueError(f"kl_penalty={kind!r}: give kl, abs, mse or k3, or use full_kl")
 
 
 def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
@@ -32,15 +37,21 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return torch.where(logp.isinf(), 0, logp.exp() * (logp - ref_logp)).sum(-1)
 
 
-def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """-kl_coef · penalty on every response token, plus the score (batch,) on the last one.
+def on_last_token(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores (batch,) as a table (batch, response): on the last masked token of each row, where there is one."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, positions, -1).amax(1, keepdim=True)
+    return torch.where(positions == last, scores[:, None], 0)
 
+
+def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Rewards (batch, response): what each token earned less ``kl_coef`` · penalty, on the masked tokens.
+
+    ``scores`` is (batch,), one for each response, which its last token earns; or (batch, response), one per token.
     A response without tokens earns nothing, and does not fail.
     """
-    rewards = torch.where(mask, -kl_coef * penalties, 0)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, positions, -1).amax(1)
-    return rewards + torch.where(mask & (positions == last[:, None]), scores[:, None].to(rewards.dtype), 0)
+    earned = on_last_token(scores, mask) if scores.dim() == 1 else scores
+    return torch.where(mask, earned.to(penalties.dtype) - kl_coef * penalties, 0)
 
 
 def advantages_and_returns(
@@ -51,15 +62,14 @@ def advantages_and_returns(
     gamma: float,
     lam: float,
     whiten_rewards: bool = False,
-    reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, whitened over the masked tokens of all processes; and the returns.
+    """Generalised advantage estimation, whitened over the masked tokens; and the returns.
 
     δ_t = r_t + γ V_{t+1} - V_t and A_t = δ_t + γλ A_{t+1} (Schulman et al. 2016, equations 11 and 16), taken over the
     masked tokens only: a gap in the mask is no time step. Returns are A + V before whitening.
     """
     if whiten_rewards:
-        rewards = whiten(rewards, mask, center=False, reduce=reduce)
+        rewards = whiten(rewards, mask, center=False)
     advantages = torch.zeros_like(rewards)
     next_advantage = torch.zeros_like(rewards[:, 0])
     next_value = torch.zeros_like(next_advantage)
@@ -70,4 +80,4 @@ def advantages_and_returns(
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = torch.where(mask[:, t], here, 0)
     returns = torch.where(mask, advantages + values, 0)
-    return whiten(advantages, mask, reduce=reduce), returns
+    return whiten(advantages, mask), returns

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.ppo.models import ValueHead, accepts, evaluating, head_input
-from rlhf_ppo.ppo.tensors import length_mask
+from rlhf_ppo.ppo.models import ValueHead, accepts, decoder_output, decoder_start, evaluating, head_input
+from rlhf_ppo.ppo.tensors import length_mask, pad_rows
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,27 @@ class Generated:
     values: list[Tensor] = field(default_factory=list)
 
 
+def draw(rows: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers (rows, tokens) in fp64, one for each token that may be sampled.
+
+    Drawn on the CPU and all at once, so that a response depends neither on the batch nor on the device or process in
+    which it is sampled.
+    """
+    return torch.rand(rows, tokens, generator=generator, dtype=torch.float64)
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module,
     queries: Sequence[Tensor],
     sampling: Sampling,
-    generator: torch.Generator,
+    uniform: Tensor,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
     value_head: ValueHead | None = None,
     prompt_length: int | None = None,
 ) -> Generated:
-    """Sample one response to each of the 1-D ``queries``, in the order given.
+    """Sample one response to each of the 1-D ``queries``, in the order given, with the numbers that ``draw`` gave.
 
     Log-probabilities are those of the tempered policy, before top_k and top_p. Dropout is off. ``progress`` is told how
     many responses are done. ``prompt_length`` pads all prompts to that length.
@@ -63,8 +74,8 @@ def sample(
     done = Generated()
     with evaluating(model):
         for start in range(0, len(queries), batch_size):
-            chunk = list(queries[start : start + batch_size])
-            part = _Decoding(model, chunk, sampling, generator, value_head, prompt_length).run()
+            chunk = slice(start, start + batch_size)
+            part = _Decoding(model, list(queries[chunk]), sampling, uniform[chunk], value_head, prompt_length).run()
             done.responses += part.responses
             done.logprobs += part.logprobs
             done.values += part.values
@@ -81,43 +92,57 @@ class _Decoding:
         model: nn.Module,
         queries: list[Tensor],
         sampling: Sampling,
-        generator: torch.Generator,
+        uniform: Tensor,
         value_head: ValueHead | None,
         prompt_length: int | None,
     ) -> None:
-        self.model, self.sampling, self.generator, self.value_head = model, sampling, generator, value_head
-        lengths = [len(query) for query in queries]
-        width = prompt_length or max(lengths)
-        if max(lengths) > width:
-            raise InputError(f"pad_max_input_len={width} is less than a prompt of {max(lengths)} tokens; none is cut")
+        self.model, self.sampling, self.value_head = model, sampling, value_head
         device = queries[0].device
-        # Left padding: the last column of every row is the newest token.
-        self.input_ids = torch.full((len(queries), width), sampling.pad_token_id, device=device)
-        for row, query in zip(self.input_ids, queries, strict=True):
-            row[width - len(query) :] = query
-        ragged = min(lengths) < width
-        self.mask = length_mask(lengths, device, width).flip(1).long() if ragged else None
-        self.positions = torch.tensor(lengths, device=device) - 1
+        # Gaudi has no fp64: what is drawn moves there as fp32.
+        self.uniform = uniform.to(device, torch.float32 if device.type == "hpu" else torch.float64)
         self.rows = torch.arange(len(queries), device=device)
+        self.cache: Any = None
+        self.encoded: Tensor | None = None
+        self.mask: Tensor | None = None
+        self._read(queries, prompt_length)
         shape = (len(queries), sampling.max_new_tokens)
         self.tokens = torch.full(shape, sampling.pad_token_id, device=device)
         self.logprobs = torch.zeros(shape, device=device)
         self.values = torch.zeros(shape, device=device)
         self.lengths = torch.full((len(queries),), sampling.max_new_tokens, device=device)
-        self.cache: Any = None
+
+    def _read(self, queries: list[Tensor], prompt_length: int | None) -> None:
+        """Lay the queries out as the first input; those of an encoder-decoder go through the encoder, once."""
+        lengths, device = [len(query) for query in queries], queries[0].device
+        width = prompt_length or max(lengths)
+        if max(lengths) > width:
+            raise InputError(f"pad_max_input_len={width} is less than a prompt of {max(lengths)} tokens; none is cut")
+        self.positions = torch.tensor(lengths, device=device) - 1
+        start = decoder_start(self.model)
+        if start is None:
+            # Left padding: the last column of every row is the newest token.
+            flipped = [query.flip(0) for query in queries]
+            self.input_ids = pad_rows(flipped, self.sampling.pad_token_id, width).flip(1)
+            if min(lengths) < width:
+                self.mask = length_mask(lengths, device, width).flip(1).long()
+            return
+        padded = pad_rows(queries, self.sampling.pad_token_id, width)
+        self.mask = length_mask(lengths, device, width).long()
+        self.encoded = self.model.get_encoder()(input_ids=padded, attention_mask=self.mask)[0]  # type: ignore[operator]
+        self.input_ids = torch.full((len(queries), 1), start, device=device)
 
     def run(self) -> Generated:
         ends = torch.tensor(self.sampling.eos_token_ids, device=self.rows.device)
         for step in range(self.sampling.max_new_tokens):
             logits, hidden = self._forward()
-            tokens, logprobs = _choose(logits, self.sampling, self.generator)
+            tokens, logprobs = _choose(logits, self.sampling, self.uniform[self.rows, step])
             self.tokens[self.rows, step] = tokens
             self.logprobs[self.rows, step] = logprobs
             if self.value_head is not None:
                 self.values[self.rows, step] = self.value_head(hidden)
             ended = torch.isin(tokens, ends)
             self.lengths[self.rows[ended]] = self.lengths[self.rows[ended]].clamp(max=step + 1)
-            if not self._advance(tokens, ended):
+            if not self._advance(tokens):
                 break
         lengths = self.lengths.tolist()
 
@@ -127,18 +152,35 @@ class _Decoding:
         return Generated(rows(self.tokens), rows(self.logprobs), rows(self.values) if self.value_head else [])
 
     def _forward(self) -> tuple[Tensor, Tensor]:
+        """Logits (batch, vocabulary) in fp32 and last hidden states (batch, hidden) for the next token."""
+        with ExitStack() as stack:
+            chosen = stack.enter_context(head_input(self.model, lambda hidden: hidden[:, -1]))
+            if self.encoded is None:
+                output = self.model(**self._decoder_only_arguments())
+                hidden = chosen[0]
+            else:
+                caught = stack.enter_context(decoder_output(self.model))
+                output = self.model(
+                    encoder_outputs=BaseModelOutput(last_hidden_state=self.encoded),
+                    attention_mask=self.mask,
+                    decoder_input_ids=self.input_ids,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                )
+                hidden = caught[0][:, -1]
+        self.cache = output.past_key_values
+        return output.logits[0].float(), hidden
+
+    def _decoder_only_arguments(self) -> dict[str, Any]:
         arguments: dict[str, Any] = {"input_ids": self.input_ids, "past_key_values": self.cache, "use_cache": True}
         if self.mask is not None:
             arguments["attention_mask"] = self.mask
             if accepts(self.model, "position_ids"):
                 first = self.cache is None
                 arguments["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0) if first else self.positions[:, None]
-        with head_input(self.model, lambda hidden: hidden[:, -1]) as chosen:
-            output = self.model(**arguments)
-        self.cache = output.past_key_values
-        return output.logits[0].float(), chosen[0]
+        return arguments
 
-    def _advance(self, tokens: Tensor, ended: Tensor) -> bool:
+    def _advance(self, tokens: Tensor) -> bool:
         """Make ``tokens`` the next input, without the rows that have ended; false where none is left."""
         active = self.lengths[self.rows] == self.sampling.max_new_tokens
         remaining = int(active.sum())
@@ -151,14 +193,18 @@ class _Decoding:
             self.cache.batch_select_indices(keep)
             self.rows, self.positions, tokens = self.rows[keep], self.positions[keep], tokens[keep]
             self.mask = None if self.mask is None else self.mask[keep]
-        if self.mask is not None:
+            self.encoded = None if self.encoded is None else self.encoded[keep]
+        if self.mask is not None and self.encoded is None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.input_ids = tokens[:, None]
         return True
 
 
-def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The next token (batch,) and its log-probability under the tempered policy, from logits (batch, vocabulary)."""
+def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The next token (batch,) and its log-probability under the tempered policy, from logits (batch, vocabulary).
+
+    ``uniform`` (batch,) in 0 .. 1 says where in the cumulative distribution the token lies.
+    """
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature
     logsumexp = torch.logsumexp(logits, -1, keepdim=True)
@@ -166,9 +212,8 @@ def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> t
         tokens = logits.argmax(-1, keepdim=True)
     else:
         probs = torch.exp(_restricted(logits, sampling) - logsumexp)
-        cumulative = probs.cumsum(-1, dtype=torch.float64)
-        drawn = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64, device=generator.device)
-        threshold = drawn.to(cumulative.device) * cumulative[:, -1:]
+        cumulative = probs.cumsum(-1, dtype=uniform.dtype)
+        threshold = uniform[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
     return tokens.squeeze(1), (logits.gather(-1, tokens) - logsumexp).squeeze(1)
 

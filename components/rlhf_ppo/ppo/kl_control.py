@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_ppo.ppo.tensors import Reduce
-
 
 @dataclass
 class KLController:
@@ -33,7 +31,7 @@ class KLController:
 
 @dataclass
 class RunningMoments:
-    """Mean and variance of all scores so far (Chan et al. 1979), over all processes."""
+    """Mean and variance of all scores so far (Chan et al. 1979)."""
 
     mean: float = 0.0
     var: float = 1.0
@@ -44,15 +42,11 @@ class RunningMoments:
         """Unbiased standard deviation of what was seen; 1 before two values were."""
         return math.sqrt(self.var * self.count / (self.count - 1)) if self.count > 1 else 1.0
 
-    def update(self, scores: Tensor, reduce: Reduce | None = None) -> None:
+    def update(self, scores: Tensor) -> None:
         """Take in ``scores`` (batch,)."""
-        scores = scores.double()
-        sums = torch.stack([scores.sum(), (scores**2).sum(), torch.tensor(float(len(scores)), dtype=torch.float64)])
-        if reduce is not None:
-            sums = reduce(sums)
-        total, squares, count = sums.tolist()
-        mean = total / count
-        var = max(squares / count - mean**2, 0.0)
+        given = scores.tolist()
+        count, mean = len(given), math.fsum(given) / len(given)
+        var = math.fsum((score - mean) ** 2 for score in given) / count
         delta, everything = mean - self.mean, self.count + count
         self.var = (var * count + self.var * self.count + delta**2 * self.count * count / everything) / everything
         self.mean += delta * count / everything
@@ -60,20 +54,15 @@ class RunningMoments:
 
 
 def shape_scores(
-    scores: Tensor,
-    moments: RunningMoments,
-    *,
-    scaling: bool,
-    center: bool,
-    clip: float | None,
-    reduce: Reduce | None = None,
-) -> Tensor:
+    scores: Tensor, moments: RunningMoments, *, scaling: bool, center: bool, clip: float | None
+) -> tuple[Tensor, float]:
     """Scores (batch,) divided by their running standard deviation, centred and clipped, as far as is asked for.
 
-    The batch itself is taken into the moments first, as TRL does.
+    Also returns the factor by which they were scaled. The batch is taken into the moments first, as TRL does.
     """
+    factor = 1.0
     if scaling:
-        moments.update(scores, reduce)
-        shift = moments.mean if center else 0.0
-        scores = (scores - shift) / (moments.std + torch.finfo(scores.dtype).eps)
-    return scores if clip is None else scores.clamp(-clip, clip)
+        moments.update(scores)
+        factor = 1 / (moments.std + torch.finfo(scores.dtype).eps)
+        scores = (scores - (moments.mean if center else 0.0)) * factor
+    return (scores if clip is None else scores.clamp(-clip, clip)), factor

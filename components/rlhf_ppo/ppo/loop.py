@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.ppo.rewards import Reward, score
+from rlhf_ppo.ppo.randomness import random_state, set_random_state
+from rlhf_ppo.ppo.rewards import Reward, score, totals
+from rlhf_ppo.ppo.rollout import Rollout
 from rlhf_ppo.ppo.trainer import PPOTrainer
+
+
+class Interrupted(BaseException):
+    """Ends ``train`` where ``trainer.state_dict`` may be taken; not an Exception, so that no reward swallows it."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one PPO step gave: its number from 0, its statistics, and its prompts, responses and scores."""
+    """What one PPO step gave: its number from 0, its statistics, and this process' prompts, responses and scores."""
 
     step: int
     stats: dict[str, Any]
@@ -39,56 +47,107 @@ def train(
     reward: Reward,
     *,
     on_step: Callable[[StepReport], None] | None = None,
+    before_step: Callable[[int], None] | None = None,
     before_update: Callable[[int, float], None] | None = None,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     rollout_batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Run config.total_ppo_epochs PPO steps; returns the statistics of the last.
+    """Run config.total_ppo_epochs PPO steps, from where the trainer's state is; returns the statistics of the last.
 
     Every pass over ``prompts`` has a new order; what is left of a pass, less than a batch, is not used.
-    ``before_update`` gets the step's number and mean raw score while the policy is still the one that was scored.
+    ``before_step`` gets the number of the step about to begin. ``before_update`` gets the step's number and mean raw
+    score while the policy is still the one that was scored. Sampling and scoring run inside ``interruptible``: where
+    that raises Interrupted, all random streams are put back to the step's beginning.
     Raises InputError where there are fewer prompts than batch_size, or the reward returns something else than scores.
     """
     config = trainer.config
-    assert config.world_size is not None
-    needed = config.batch_size * config.world_size
-    if len(prompts) < needed:
+    assert config.global_batch_size is not None
+    if len(prompts) < config.global_batch_size:
         raise InputError(
-            f"batch_size={config.batch_size} on {config.world_size} processes needs {needed} prompts, "
-            f"but there are {len(prompts)}: give more prompts or a smaller batch_size"
+            f"batch_size={config.batch_size} on {config.world_size} processes needs {config.global_batch_size} "
+            f"prompts, but there are {len(prompts)}: give more prompts or a smaller batch_size"
         )
     stats: dict[str, Any] = {}
-    batches = _batches(trainer, len(prompts))
     for step in range(trainer.steps_done, config.total_ppo_epochs):
         started = time.perf_counter()
-        batch = [prompts[row] for row in next(batches)]
-        rollout = trainer.rollout([prompt.input_ids for prompt in batch], batch_size=rollout_batch_size)
-        sampled = time.perf_counter()
+        batch = [prompts[row] for row in batch_rows(trainer, len(prompts), step)]
         texts = [prompt.text for prompt in batch]
-        responses = [trainer.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.responses]
-        scores = score(reward, texts, responses)
-        scored = time.perf_counter()
-        if before_update is not None:
-            before_update(step, sum(scores) / len(scores))
-        stats = trainer.update(rollout, scores)
-        ended = time.perf_counter()
-        stats |= {
-            "time/ppo/rollout": sampled - started,
-            "time/ppo/evaluate": scored - sampled,
-            "time/ppo/total": ended - started,
-            "tokens/per_second": stats["tokens/responses"] / (ended - started),
-        }
+        if trainer.current is not None:
+            # Taken up from a checkpoint inside this step: it was sampled and scored before.
+            stats = trainer.finish_update()
+        else:
+            if before_step is not None:
+                before_step(step)
+            with _beginning_again(trainer), interruptible():
+                rollout = trainer.rollout([prompt.input_ids for prompt in batch], batch_size=rollout_batch_size)
+                sampled = time.perf_counter()
+                responses, ids = _decoded(trainer, rollout), [row.tolist() for row in rollout.responses]
+                scores = score(reward, texts, responses, ids)
+                scored = time.perf_counter()
+            earned, parts = _of_all(trainer, totals(scores), getattr(reward, "parts", {}))
+            if before_update is not None:
+                before_update(step, sum(earned) / len(earned))
+            stats = trainer.update(
+                rollout,
+                scores,
+                extra={
+                    **{f"env/reward/{name}": value for name, value in parts.items()},
+                    "time/ppo/rollout": sampled - started,
+                    "time/ppo/evaluate": scored - sampled,
+                },
+            )
+        seconds = stats["time/ppo/total"] + stats["time/ppo/rollout"] + stats["time/ppo/evaluate"]
+        stats |= {"time/ppo/total": seconds, "tokens/per_second": stats["tokens/responses"] / seconds}
         trainer.log_stats(stats)
         if on_step is not None:
-            on_step(StepReport(step, stats, texts, responses, scores))
+            on_step(_report(trainer, step, stats, texts))
     return stats
 
 
-def _batches(trainer: PPOTrainer, prompts: int) -> Iterator[list[int]]:
-    """Row numbers of this process' batches, pass after pass."""
+class _beginning_again:
+    """Puts the random streams back where the block is left by Interrupted."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.sampling, self.elsewhere = self.trainer.sampling_generator.get_state(), random_state()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Interrupted):
+            self.trainer.sampling_generator.set_state(self.sampling)
+            set_random_state(self.elsewhere)
+
+
+def _decoded(trainer: PPOTrainer, rollout: Rollout) -> list[str]:
+    return [trainer.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.responses]
+
+
+def _of_all(trainer: PPOTrainer, scores: list[float], parts: dict[str, float]) -> tuple[list[float], dict[str, float]]:
+    """The scores of all processes, and the means over processes of the reward's parts."""
+    if trainer.accelerator.num_processes == 1:
+        return scores, parts
+    gathered = gather_object([(scores, parts)])
+    means = {name: sum(other[name] for _, other in gathered) / len(gathered) for name in parts}
+    return [value for other, _ in gathered for value in other], means
+
+
+def _report(trainer: PPOTrainer, step: int, stats: dict[str, Any], texts: list[str]) -> StepReport:
+    """This process' part of the batch that was updated last."""
+    update = trainer.last_update
+    assert update is not None
+    size = trainer.config.batch_size
+    here = slice(size * trainer.accelerator.process_index, size * (trainer.accelerator.process_index + 1))
+    responses = _decoded(trainer, update.experience.rollout)[here]
+    return StepReport(step, stats, texts, responses, update.raw_scores[here].tolist())
+
+
+def batch_rows(trainer: PPOTrainer, prompts: int, step: int) -> list[int]:
+    """The rows of this process' batch in the PPO step ``step``: a function of the seed, so that it needs no state."""
     size, world = trainer.config.batch_size, trainer.accelerator.num_processes
+    passed, position = divmod(step, prompts // (size * world))
     generator = torch.Generator().manual_seed(trainer.config.seed)
-    while True:
-        order = torch.randperm(prompts, generator=generator).tolist()
-        for start in range(0, prompts - size * world + 1, size * world):
-            begin = start + size * trainer.accelerator.process_index
-            yield order[begin : begin + size]
+    for _ in range(passed + 1):
+        order = torch.randperm(prompts, generator=generator)
+    begin = size * (world * position + trainer.accelerator.process_index)
+    return order[begin : begin + size].tolist()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_ppo.ppo.tensors import Reduce, masked_mean, masked_var
+from rlhf_ppo.ppo.tensors import Reduce, masked_sum
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ def ppo_loss(
     """Clipped policy loss plus ``vf_coef`` times the clipped value loss; all arrays (batch, response).
 
     Schulman et al. 2017, equation 7, as in OpenAI's lm-human-preferences: means are over the masked tokens of the
-    minibatch (of all processes). ``skip`` is true where the mean ratio exceeds ``ratio_threshold`` or is not finite.
+    minibatch. ``skip`` is true where the mean ratio exceeds ``ratio_threshold`` or is not finite. With ``reduce`` the
+    minibatch is spread over processes: statistics and ``skip`` are the same on all of them, and the gradients of
+    ``total``, summed over processes, are those of the whole.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     ratio = torch.exp(log_ratio)
@@ -48,38 +50,43 @@ def ppo_loss(
     errors, clipped_errors = (values - returns) ** 2, (clipped_values - returns) ** 2
     value_losses = torch.maximum(errors, clipped_errors)
 
-    def mean(quantity: Tensor) -> Tensor:
-        return masked_mean(quantity, mask, reduce)
-
-    # The count is global and the sum local: DDP's average of gradients then is the mean over all processes' tokens.
-    count = mask.sum() if reduce is None else reduce(mask.sum())
-    scale = 1.0 if reduce is None else _processes(mask, reduce)
-    policy_loss = torch.where(mask, policy_losses, 0).sum() / count.clamp(min=1) * scale
-    value_loss = 0.5 * torch.where(mask, value_losses, 0).sum() / count.clamp(min=1) * scale
     with torch.no_grad():
-        mean_ratio = mean(ratio)
-        stats = {
-            "ppo/loss/policy": mean(policy_losses),
-            "ppo/loss/value": 0.5 * mean(value_losses),
-            "ppo/policy/entropy": mean(entropy),
-            "ppo/policy/approxkl": 0.5 * mean(log_ratio**2),
-            "ppo/policy/policykl": mean(-log_ratio),
-            "ppo/policy/kl3": mean(ratio - 1 - log_ratio),
-            "ppo/policy/clipfrac": mean((-advantages * clipped_ratio > -advantages * ratio).float()),
-            "ppo/policy/advantages_mean": mean(advantages),
-            "ppo/policy/ratio_mean": mean_ratio,
-            "ppo/val/vpred": mean(values),
-            "ppo/val/error": mean(errors),
-            "ppo/val/clipfrac": mean((clipped_errors > errors).float()),
-            "ppo/val/mean": mean(old_values),
-            "ppo/val/var": masked_var(old_values, mask, reduce),
-            "ppo/returns/mean": mean(returns),
-            "ppo/returns/var": masked_var(returns, mask, reduce),
+        tokens = mask.sum() if reduce is None else reduce(mask.sum())
+        means = _means(
+            {
+                "ppo/loss/policy": policy_losses,
+                "ppo/loss/value": 0.5 * value_losses,
+                "ppo/policy/entropy": entropy,
+                "ppo/policy/approxkl": 0.5 * log_ratio**2,
+                "ppo/policy/policykl": -log_ratio,
+                "ppo/policy/kl3": ratio - 1 - log_ratio,
+                "ppo/policy/clipfrac": (-advantages * clipped_ratio > -advantages * ratio).float(),
+                "ppo/policy/advantages_mean": advantages,
+                "ppo/policy/ratio_mean": ratio,
+                "ppo/val/vpred": values,
+                "ppo/val/error": errors,
+                "ppo/val/clipfrac": (clipped_errors > errors).float(),
+                "ppo/val/mean": old_values,
+                "ppo/returns/mean": returns,
+            },
+            mask,
+            tokens,
+            reduce,
+        )
+        squares = {
+            "ppo/val/var": (old_values - means["ppo/val/mean"]) ** 2,
+            "ppo/returns/var": (returns - means["ppo/returns/mean"]) ** 2,
         }
+        stats = means | _means(squares, mask, tokens - 1, reduce)
         stats["ppo/loss/total"] = stats["ppo/loss/policy"] + vf_coef * stats["ppo/loss/value"]
-        skip = ~(mean_ratio <= ratio_threshold) | ~torch.isfinite(stats["ppo/loss/total"])
-    return MinibatchLoss(policy_loss + vf_coef * value_loss, skip, stats)
+        skip = ~(stats["ppo/policy/ratio_mean"] <= ratio_threshold) | ~torch.isfinite(stats["ppo/loss/total"])
+    total = masked_sum(policy_losses + vf_coef * 0.5 * value_losses, mask) / tokens.clamp(min=1)
+    return MinibatchLoss(total, skip, stats)
 
 
-def _processes(mask: Tensor, reduce: Reduce) -> Tensor:
-    return reduce(torch.ones((), device=mask.device))
+def _means(quantities: dict[str, Tensor], mask: Tensor, count: Tensor, reduce: Reduce | None) -> dict[str, Tensor]:
+    """Sums over the masked tokens of all processes, divided by ``count`` (at least 1), in one exchange."""
+    sums = torch.stack([masked_sum(quantity.float(), mask) for quantity in quantities.values()])
+    if reduce is not None:
+        sums = reduce(sums)
+    return dict(zip(quantities, (sums / count.clamp(min=1)).unbind(), strict=True))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,39 +14,84 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.ppo.tensors import logprob_and_entropy, pad_rows
+from rlhf_ppo.ppo.tensors import length_mask, logprob_and_entropy, pad_rows
 
 
 @dataclass(frozen=True)
 class Sequences:
     """Queries and responses as one right-padded batch.
 
-    ``input_ids`` is (batch, length). ``index`` (n,) points into its flattened form at the positions that predict the n
-    response tokens ``tokens`` (n,), row by row. A causal model's tokens never see what stands to their right, so no
-    attention mask is needed and padding changes nothing.
+    ``input_ids`` is (batch, length): query and response of a decoder-only model, the query alone where there is an
+    encoder. ``index`` (n,) points into the flattened decoder's input at the positions that predict the n response
+    tokens ``tokens`` (n,), row by row. A causal model's tokens never see what stands to their right, so that needs no
+    attention mask and padding changes nothing; an encoder has ``encoder_mask`` (batch, length), and the decoder reads
+    ``decoder_ids`` (batch, response): the start token and the response without its last.
     """
 
     input_ids: Tensor
     index: Tensor
     tokens: Tensor
+    encoder_mask: Tensor | None = None
+    decoder_ids: Tensor | None = None
 
     @classmethod
-    def of(cls, queries: Sequence[Tensor], responses: Sequence[Tensor], length: int | None = None) -> Sequences:
-        """Join the 1-D ``queries`` and ``responses`` row by row, padded to the longest or to ``length``."""
-        rows = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
-        longest = max(len(row) for row in rows)
-        if length is not None and longest > length:
-            raise InputError(
-                f"pad_max_len={length} is less than a prompt and response of {longest} tokens; none is cut"
-            )
-        width = length or longest
-        index = torch.cat(
-            [
-                torch.arange(len(response), device=query.device) + (row * width + len(query) - 1)
-                for row, (query, response) in enumerate(zip(queries, responses, strict=True))
-            ]
+    def of(
+        cls,
+        queries: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        length: int | None = None,
+        decoder_start: int | None = None,
+    ) -> Sequences:
+        """Join the 1-D ``queries`` and ``responses`` row by row, padded to the longest or to ``length``.
+
+        With ``decoder_start``, an encoder-decoder's start token, each side is padded to ``length`` by itself.
+        """
+        if decoder_start is None:
+            rows = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
+            width = _width(rows, length)
+            starts = [len(query) - 1 for query in queries]
+            return cls(pad_rows(rows, 0, width), _positions(starts, responses, width), torch.cat(list(responses)))
+        shifted = [torch.cat([row.new_tensor([decoder_start]), row[:-1]]) for row in responses]
+        width, query_width = _width(shifted, length), _width(queries, length)
+        return cls(
+            pad_rows(queries, 0, query_width),
+            _positions([0] * len(responses), responses, width),
+            torch.cat(list(responses)),
+            length_mask([len(query) for query in queries], queries[0].device, query_width).long(),
+            pad_rows(shifted, 0, width),
         )
-        return cls(pad_rows(rows, 0, width), index, torch.cat(list(responses)))
+
+    def arguments(self) -> dict[str, Any]:
+        """What a model's forward is called with."""
+        if self.decoder_ids is None:
+            return {"input_ids": self.input_ids, "use_cache": False}
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.encoder_mask,
+            "decoder_input_ids": self.decoder_ids,
+            "use_cache": False,
+        }
+
+    def choose(self, hidden: Tensor) -> Tensor:
+        """Of (batch, length, hidden) the n positions that predict a response token, (n, hidden)."""
+        return hidden.flatten(0, 1).index_select(0, self.index)
+
+
+def _width(rows: Sequence[Tensor], length: int | None) -> int:
+    longest = max(len(row) for row in rows)
+    if length is not None and longest > length:
+        raise InputError(f"pad_max_len={length} is less than a prompt and response of {longest} tokens; none is cut")
+    return length or longest
+
+
+def _positions(starts: Sequence[int], responses: Sequence[Tensor], width: int) -> Tensor:
+    device = responses[0].device
+    return torch.cat(
+        [
+            torch.arange(len(response), device=device) + (row * width + start)
+            for row, (start, response) in enumerate(zip(starts, responses, strict=True))
+        ]
+    )
 
 
 class ValueHead(nn.Module):
@@ -83,28 +129,62 @@ def head_input(model: nn.Module, choose: Callable[[Tensor], Tensor]) -> Iterator
         handle.remove()
 
 
+def decoder_start(model: nn.Module) -> int | None:
+    """The token that an encoder-decoder's responses start after; None for a decoder-only model.
+
+    Raises InputError where an encoder-decoder names none.
+    """
+    config: Any = model.config
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    start = config.decoder_start_token_id
+    if start is None:
+        start = getattr(getattr(model, "generation_config", None), "decoder_start_token_id", None)
+    if start is None:
+        raise InputError("model_name: the model's config.json has no decoder_start_token_id: name one there")
+    return int(start)
+
+
+@contextmanager
+def decoder_output(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Catch the decoder's last hidden states (batch, length, hidden), before what T5 multiplies them with."""
+    caught: list[Tensor] = []
+    handle = model.get_decoder().register_forward_hook(lambda _, __, output: caught.append(output[0]))  # type: ignore[operator]
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
 def response_logits(model: nn.Module, sequences: Sequences) -> tuple[Tensor, Tensor]:
     """Logits (n, vocabulary) that predict the n response tokens, and the hidden states (n, hidden) behind them."""
-    with head_input(model, lambda hidden: hidden.flatten(0, 1).index_select(0, sequences.index)) as chosen:
-        output = model(input_ids=sequences.input_ids, use_cache=False)
+    with ExitStack() as stack:
+        chosen = stack.enter_context(head_input(model, sequences.choose))
+        if sequences.decoder_ids is None:
+            output = model(**sequences.arguments())
+            hidden = chosen
+        else:
+            caught = stack.enter_context(decoder_output(model))
+            output = model(**sequences.arguments())
+            hidden = [sequences.choose(state) for state in caught]
     if not chosen:
-        raise InputError(
-            f"model_name: {type(model).__name__} does not use its output head; give a causal language model"
-        )
-    return output.logits[0], chosen[0]
+        raise InputError(f"model_name: {type(model).__name__} does not use its output head; give a language model")
+    return output.logits[0], hidden[0]
 
 
 class PolicyWithValueHead(nn.Module):
-    """A causal language model (plain or with adapters) whose trunk is shared by the policy and the value."""
+    """A language model (plain or with adapters, decoder-only or encoder-decoder) and its value.
 
-    def __init__(self, pretrained_model: nn.Module) -> None:
+    The value is a linear map of the model's last hidden state, so that policy and value share the trunk; or of
+    ``critic``'s, a model without a language-model head (as AutoModel loads it), which then learns the value alone.
+    """
+
+    def __init__(self, pretrained_model: nn.Module, critic: nn.Module | None = None) -> None:
         super().__init__()
-        if getattr(pretrained_model.config, "is_encoder_decoder", False):
-            raise InputError(
-                f"model_name: {type(pretrained_model).__name__} is an encoder-decoder model; give a decoder-only one"
-            )
         self.pretrained_model = pretrained_model
-        head = pretrained_model.get_output_embeddings()  # type: ignore[operator]
+        self.critic = critic
+        self.decoder_start = decoder_start(pretrained_model)
+        head: nn.Linear = pretrained_model.get_output_embeddings()  # type: ignore[operator]
         self.v_head = ValueHead(head.weight.shape[-1]).to(head.weight.device)
 
     @property
@@ -112,22 +192,79 @@ class PolicyWithValueHead(nn.Module):
         """Whether adapters are trained and the trunk is frozen."""
         return hasattr(self.pretrained_model, "disable_adapter")
 
-    def forward(
-        self, input_ids: Tensor, index: Tensor, tokens: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, values and entropies, each (n,) in fp32, of the tokens of ``Sequences``."""
-        logits, hidden = response_logits(self.pretrained_model, Sequences(input_ids, index, tokens))
+    def forward(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities, values and entropies, each (n,) in fp32, of the response tokens of ``sequences``."""
+        logits, hidden = response_logits(self.pretrained_model, sequences)
         if temperature != 1.0:
             logits = logits / temperature
-        logprobs, entropy = logprob_and_entropy(logits, tokens)
-        return logprobs, self.v_head(hidden), entropy
+        logprobs, entropy = logprob_and_entropy(logits, sequences.tokens)
+        return logprobs, self.v_head(hidden) if self.critic is None else self.critic_values(sequences), entropy
+
+    def critic_values(self, sequences: Sequences) -> Tensor:
+        """The separate critic's values (n,) of the states before the response tokens."""
+        assert self.critic is not None
+        return self.v_head(sequences.choose(self.critic(**sequences.arguments()).last_hidden_state))
+
+    def set_value_head(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the value head's weights, under TRL's names ``v_head.summary.weight`` and ``.bias``, from ``weights``.
+
+        Other entries are left alone. Raises InputError where one is missing or of another size.
+        """
+        for name, parameter in self.v_head.named_parameters():
+            key = f"v_head.{name}"
+            found = weights.get(key)
+            if found is None or found.shape != parameter.shape:
+                what = "is not there" if found is None else f"is {tuple(found.shape)}"
+                raise InputError(f"value head: {key} {what}; {tuple(parameter.shape)} is needed")
+            with torch.no_grad():
+                parameter.copy_(found)
 
 
 def load_model(directory: str | Path, dtype: str = "float32") -> Any:
-    """The causal language model in ``directory``, from safetensors alone, with weights of ``dtype``."""
-    from transformers import AutoModelForCausalLM
+    """The language model in ``directory``, from safetensors alone, with weights of ``dtype``."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True).to(getattr(torch, dtype)).eval()
+    of_encoder = AutoConfig.from_pretrained(directory).is_encoder_decoder
+    loader = AutoModelForSeq2SeqLM if of_encoder else AutoModelForCausalLM
+    return loader.from_pretrained(directory, use_safetensors=True).to(getattr(torch, dtype)).eval()
+
+
+def load_critic(directory: str | Path, dtype: str = "float32") -> Any:
+    """The model in ``directory`` without its language-model head, as the start of a separate critic."""
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(directory, use_safetensors=True).to(getattr(torch, dtype)).eval()
+
+
+def shared_reference(policy: nn.Module, layers: int) -> nn.Module:
+    """A frozen copy of ``policy`` that shares the embeddings and the first ``layers`` layers with it, in memory.
+
+    What is shared is frozen in the policy as well, tied output embeddings included. With 0 nothing is shared.
+    Raises InputError where the model has no more than ``layers`` layers, or an encoder.
+    """
+    shared: list[nn.Parameter] = []
+    if layers:
+        if decoder_start(policy) is not None:
+            raise InputError(f"model_shared_layers={layers}: an encoder-decoder model shares no layers, set 0")
+        stack = _layers(policy)
+        if layers >= len(stack):
+            raise InputError(
+                f"model_shared_layers={layers} is too many: of the model's {len(stack)} layers one must train"
+            )
+        modules = [policy.get_input_embeddings(), *stack[:layers]]  # type: ignore[operator]
+        positions = [m for name, m in policy.named_modules() if name.split(".")[-1] in ("wpe", "embed_positions")]
+        shared = [parameter for module in (*modules, *positions) for parameter in module.parameters()]
+    for parameter in shared:
+        parameter.requires_grad_(False)
+    # What the copy finds in the memo it takes as it is.
+    reference = copy.deepcopy(policy, {id(parameter): parameter for parameter in shared})
+    return reference.eval().requires_grad_(False)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of layers of a decoder-only model."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
 
 
 def accepts(model: nn.Module, argument: str) -> bool:

@@ -84,7 +84,9 @@ class RewardModel:
         return scores
 
 
-def score(reward: Reward, prompts: list[str], responses: list[str]) -> list[float]:
+def score(
+    reward: Reward, prompts: list[str], responses: list[str], response_ids: list[list[int]] | None = None
+) -> list[float]:
     """The scores, checked: as many as responses, each a finite number. Raises InputError otherwise."""
     scores = reward(prompts, responses)
     try:
@@ -102,3 +104,8 @@ def score(reward: Reward, prompts: list[str], responses: list[str]) -> list[floa
                 "every score must be finite"
             )
     return found
+
+
+def totals(scores: Sequence[float | Sequence[float]]) -> list[float]:
+    """What each response earned in all."""
+    return [float(value) if isinstance(value, (int, float)) else math.fsum(value) for value in scores]

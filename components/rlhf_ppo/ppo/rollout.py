@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ppo.ppo.advantages import full_kl
-from rlhf_ppo.ppo.models import PolicyWithValueHead, Sequences, evaluating, response_logits
-from rlhf_ppo.ppo.tensors import token_logprobs
+from rlhf_ppo.ppo.models import PolicyWithValueHead, Sequences, decoder_start, evaluating, response_logits
+from rlhf_ppo.ppo.tensors import logprob_and_entropy, token_logprobs
 
 SCORING_TOKENS = 1024
 """Padded tokens in one forward pass without gradients: bounds the memory of its logits."""
@@ -19,12 +19,17 @@ SCORING_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Rollout:
-    """Queries, responses, and what the policy that sampled them said per response token; lists of 1-D rows."""
+    """Queries, responses, and what the policy that sampled them said per response token; lists of 1-D rows.
+
+    ``masks`` has a row of booleans per response where only some of its tokens are the policy's own (a conversation of
+    several turns); None where all are.
+    """
 
     queries: list[Tensor]
     responses: list[Tensor]
     logprobs: list[Tensor]
     values: list[Tensor]
+    masks: list[Tensor] | None = None
 
 
 def batches_by_length(lengths: Sequence[int], tokens: int = SCORING_TOKENS) -> Iterator[list[int]]:
@@ -40,11 +45,11 @@ def batches_by_length(lengths: Sequence[int], tokens: int = SCORING_TOKENS) -> I
 
 
 def _batches(
-    queries: Sequence[Tensor], responses: Sequence[Tensor], length: int | None
+    queries: Sequence[Tensor], responses: Sequence[Tensor], length: int | None, start: int | None
 ) -> Iterator[tuple[list[int], list[int], Sequences]]:
     lengths = [length or len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
     for rows in batches_by_length(lengths):
-        sequences = Sequences.of([queries[row] for row in rows], [responses[row] for row in rows], length)
+        sequences = Sequences.of([queries[row] for row in rows], [responses[row] for row in rows], length, start)
         yield rows, [len(responses[row]) for row in rows], sequences
 
 
@@ -65,7 +70,7 @@ def response_logprobs(
     """Log-probability of every response token under ``model``, one 1-D row per response; dropout is off."""
     found = [torch.empty(0)] * len(queries)
     with evaluating(model):
-        for rows, sizes, sequences in _batches(queries, responses, length):
+        for rows, sizes, sequences in _batches(queries, responses, length, decoder_start(model)):
             logits, _ = response_logits(model, sequences)
             _place(found, rows, sizes, token_logprobs(logits / temperature, sequences.tokens))
     return found
@@ -83,11 +88,38 @@ def score_with_policy(
     """The rollout of responses that were sampled elsewhere."""
     logprobs, values = [torch.empty(0)] * len(queries), [torch.empty(0)] * len(queries)
     with evaluating(policy):
-        for rows, sizes, sequences in _batches(queries, responses, length):
-            logp, value, _ = policy(sequences.input_ids, sequences.index, sequences.tokens, temperature)
+        for rows, sizes, sequences in _batches(queries, responses, length, policy.decoder_start):
+            logp, value, _ = policy(sequences, temperature)
             _place(logprobs, rows, sizes, logp)
             _place(values, rows, sizes, value)
     return Rollout(list(queries), list(responses), logprobs, values)
+
+
+@torch.no_grad()
+def critic_values(
+    policy: PolicyWithValueHead, queries: Sequence[Tensor], responses: Sequence[Tensor], length: int | None = None
+) -> list[Tensor]:
+    """The separate critic's value before every response token, one 1-D row per response."""
+    found = [torch.empty(0)] * len(queries)
+    with evaluating(policy):
+        for rows, sizes, sequences in _batches(queries, responses, length, policy.decoder_start):
+            _place(found, rows, sizes, policy.critic_values(sequences))
+    return found
+
+
+@torch.no_grad()
+def response_entropies(
+    model: nn.Module, queries: Sequence[Tensor], responses: Sequence[Tensor], *, temperature: float = 1.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probability and entropy (nats) at every response token under ``model``; 1-D rows."""
+    logprobs, entropies = [torch.empty(0)] * len(queries), [torch.empty(0)] * len(queries)
+    with evaluating(model):
+        for rows, sizes, sequences in _batches(queries, responses, None, decoder_start(model)):
+            logits, _ = response_logits(model, sequences)
+            logp, entropy = logprob_and_entropy(logits / temperature, sequences.tokens)
+            _place(logprobs, rows, sizes, logp)
+            _place(entropies, rows, sizes, entropy)
+    return logprobs, entropies
 
 
 @torch.no_grad()
@@ -106,7 +138,7 @@ def response_full_kl(
     """
     found = [torch.empty(0)] * len(queries)
     with evaluating(policy):
-        for rows, sizes, sequences in _batches(queries, responses, length):
+        for rows, sizes, sequences in _batches(queries, responses, length, decoder_start(policy)):
             logits, _ = response_logits(policy, sequences)
             with reference() as model:
                 ref_logits, _ = response_logits(model, sequences)

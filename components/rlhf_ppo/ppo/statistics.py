@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rlhf_ppo.ppo.tensors import Reduce, masked_mean, masked_sum
+from rlhf_ppo.ppo.tensors import masked_var
 
 if TYPE_CHECKING:
     from rlhf_ppo.ppo.trainer import Experience
@@ -33,57 +33,49 @@ class Clock:
         return time.perf_counter() - self.started
 
 
-def mean_over_minibatches(minibatches: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """The mean of each statistic over the minibatches, read from the device at once."""
-    names = list(minibatches[0])
-    table = torch.stack([torch.stack([stats[name].float() for name in names]) for stats in minibatches])
-    return dict(zip(names, table.mean(0).tolist(), strict=True))
-
-
 @torch.no_grad()
 def batch_statistics(
-    experience: Experience, scores: Tensor, raw_scores: Tensor, reduce: Reduce | None
-) -> dict[str, Any]:
+    experience: Experience, scores: Tensor, raw_scores: Tensor, controller_kl: float
+) -> dict[str, float]:
     """Statistics of the whole batch, of all processes, as floats.
 
-    ``objective/kl`` is the mean over responses of Σ(logp - ref_logp), in nats; ``objective/entropy`` that of -Σ logp,
-    an estimate of the response's entropy. ``scores`` are after scaling and clipping, ``raw_scores`` as given.
+    ``objective/kl`` is the mean over responses of Σ(logp - ref_logp), in nats, whatever the penalty;
+    ``objective/kl_controller`` is what the adaptive coefficient reads. ``objective/entropy`` is the mean of -Σ logp, an
+    estimate of a response's entropy; ``ppo/policy/entropy`` is the exact one per token. ``scores`` are after scaling
+    and clipping, ``raw_scores`` as given.
     """
-    mask = experience.mask
-    rows = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-    lengths = mask.sum(1).float()
-    queries = torch.tensor([float(len(query)) for query in experience.rollout.queries], device=scores.device)
-    error = masked_mean((experience.values - experience.returns) ** 2, mask, reduce)
-    return_mean = masked_mean(experience.returns, mask, reduce)
-    return_var = masked_mean((experience.returns - return_mean) ** 2, mask, reduce)
-    per_row = {
-        "objective/kl": (experience.logprobs - experience.ref_logprobs).sum(1),
-        "objective/entropy": -experience.logprobs.sum(1),
-        "ppo/mean_scores": scores,
-        "env/reward_mean": raw_scores,
-        "tokens/queries_len_mean": queries,
-        "tokens/responses_len_mean": lengths,
+    mask, rollout = experience.mask, experience.rollout
+    tokens = float(mask.sum())
+    lengths = torch.tensor([float(len(response)) for response in rollout.responses])
+    queries = torch.tensor([float(len(query)) for query in rollout.queries])
+    stats = {
+        "objective/kl": float((experience.logprobs - experience.ref_logprobs).sum(1).mean()),
+        "objective/kl_controller": controller_kl,
+        "objective/entropy": float(-experience.logprobs.sum(1).mean()),
+        "ppo/mean_scores": float(scores.mean()),
+        "ppo/std_scores": _std(scores),
+        "env/reward_mean": float(raw_scores.mean()),
+        "env/reward_std": _std(raw_scores),
+        "tokens/queries_len_mean": float(queries.mean()),
+        "tokens/queries_len_std": _std(queries),
+        "tokens/responses_len_mean": float(lengths.mean()),
+        "tokens/responses_len_std": _std(lengths),
+        "tokens/responses": float(lengths.sum()),
+        "ppo/mean_non_score_reward": float((experience.rewards - experience.earned).sum()) / max(tokens, 1.0),
     }
-    stats = {name: float(masked_mean(values, rows, reduce)) for name, values in per_row.items()}
-    for name, values in (
-        ("ppo/std_scores", scores),
-        ("env/reward_std", raw_scores),
-        ("tokens/queries_len_std", queries),
-        ("tokens/responses_len_std", lengths),
-    ):
-        stats[name] = float(_std(values, rows, reduce))
-    no_score = experience.rewards.sum() - _scores_given(scores, mask)
-    tokens = mask.sum() if reduce is None else reduce(mask.sum())
-    stats["ppo/mean_non_score_reward"] = float((no_score if reduce is None else reduce(no_score)) / tokens.clamp(min=1))
-    stats["ppo/val/var_explained"] = float(1 - error / return_var.clamp(min=1e-12))
-    stats["tokens/responses"] = float(tokens)
-    return stats
+    return stats | {"ppo/val/var_explained": _explained(experience)}
 
 
-def _scores_given(scores: Tensor, mask: Tensor) -> Tensor:
-    return masked_sum(scores, mask.any(1))
+def _std(values: Tensor) -> float:
+    """Unbiased standard deviation; 0 for a single value."""
+    return float(values.std()) if len(values) > 1 else 0.0
 
 
-def _std(values: Tensor, rows: Tensor, reduce: Reduce | None) -> Tensor:
-    mean = masked_mean(values, rows, reduce)
-    return masked_mean((values - mean) ** 2, rows, reduce).sqrt()
+def _explained(experience: Experience) -> float:
+    """1 - Var(return - value) / Var(return) over the batch's tokens; 0 where all returns are equal.
+
+    1 is a perfect value function, 0 one that knows no more than a constant; a constant error costs nothing.
+    """
+    spread = float(masked_var(experience.returns, experience.mask))
+    left = float(masked_var(experience.returns - experience.values, experience.mask))
+    return 1 - left / spread if spread > 0 else 0.0

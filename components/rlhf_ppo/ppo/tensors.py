@@ -34,32 +34,26 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum()
 
 
-def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``values`` where ``mask`` is true; 0 where nothing is."""
-    total, count = masked_sum(values, mask), mask.sum()
-    if reduce is not None:
-        total, count = reduce(total), reduce(count)
-    return total / count.clamp(min=1)
+    return masked_sum(values, mask) / mask.sum().clamp(min=1)
 
 
-def masked_var(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
+def masked_var(values: Tensor, mask: Tensor) -> Tensor:
     """Unbiased variance of ``values`` where ``mask`` is true; 0 for fewer than two values.
 
     TRL's is nan for one value.
     """
-    mean = masked_mean(values, mask, reduce)
-    squares, count = masked_sum((values - mean) ** 2, mask), mask.sum()
-    if reduce is not None:
-        squares, count = reduce(squares), reduce(count)
-    return squares / (count - 1).clamp(min=1)
+    squares = masked_sum((values - masked_mean(values, mask)) ** 2, mask)
+    return squares / (mask.sum() - 1).clamp(min=1)
 
 
-def whiten(values: Tensor, mask: Tensor, *, center: bool = True, reduce: Reduce | None = None) -> Tensor:
-    """Scale ``values`` to variance 1, and with ``center`` to mean 0, over the masked entries of all processes.
+def whiten(values: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
+    """Scale ``values`` to variance 1, and with ``center`` to mean 0, over the masked entries.
 
     Masked-out entries come back as 0, so that padding can't leak into what follows (TRL's leak).
     """
-    mean, var = masked_mean(values, mask, reduce), masked_var(values, mask, reduce)
+    mean, var = masked_mean(values, mask), masked_var(values, mask)
     scaled = (values - mean) * torch.rsqrt(var + 1e-8)
     return torch.where(mask, scaled if center else scaled + mean, 0)
 

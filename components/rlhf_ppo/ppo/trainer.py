@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.advantages import advantages_and_returns, kl_penalty, token_rewards
-from rlhf_ppo.ppo.generation import Sampling, sample
+from rlhf_ppo.ppo.diagnosis import diagnose_negative_kl
+from rlhf_ppo.ppo.experience import (
+    Experience,
+    Score,
+    Update,
+    earned_by_token,
+    gathered,
+    response_mask,
+    split_scores,
+)
+from rlhf_ppo.ppo.generation import Sampling, draw, sample
 from rlhf_ppo.ppo.kl_control import KLController, RunningMoments, shape_scores
-from rlhf_ppo.ppo.losses import MinibatchLoss, ppo_loss
-from rlhf_ppo.ppo.models import PolicyWithValueHead, Sequences, evaluating
-from rlhf_ppo.ppo.rollout import Rollout, response_full_kl, response_logprobs, score_with_policy
-from rlhf_ppo.ppo.statistics import Clock, batch_statistics, mean_over_minibatches
-from rlhf_ppo.ppo.tensors import Reduce, length_mask, pad_rows
-
-
-@dataclass(frozen=True)
-class Experience:
-    """One batch, ready for the update. All arrays are (batch, response); entries outside ``mask`` are 0."""
-
-    rollout: Rollout
-    mask: Tensor
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    rewards: Tensor
-    advantages: Tensor
-    returns: Tensor
+from rlhf_ppo.ppo.models import PolicyWithValueHead
+from rlhf_ppo.ppo.optimization import Optimization
+from rlhf_ppo.ppo.rollout import Rollout, critic_values, response_full_kl, response_logprobs, score_with_policy
+from rlhf_ppo.ppo.setup import adam, make_accelerator
+from rlhf_ppo.ppo.statistics import Clock, batch_statistics
+from rlhf_ppo.ppo.tensors import masked_sum, pad_rows
 
 
 class PPOTrainer:
@@ -44,7 +39,14 @@ class PPOTrainer:
 
     ``reference`` is a frozen model; None takes the policy without its adapters. ``sampling`` is how ``generate``
     samples; its temperature is the policy's also where log-probabilities are computed. ``optimizer`` replaces Adam;
-    ``lr_scheduler`` advances once per ``step``. Raises InputError where config and models don't go together.
+    ``lr_scheduler`` advances once per ``step``. ``controller_kl`` is the estimate of the KL that the adaptive
+    coefficient reads (as kl_penalty; "kl" is ITREX' rule, TRL reads what kl_penalty names). ``missing_eos_penalty`` is
+    subtracted from the score of a response that does not end. ``critic_learning_rate`` is that of a separate critic.
+    ``between_updates`` is called wherever ``state_dict`` may be taken: after every optimizer step.
+
+    With several processes each has its own ``batch_size`` samples; what is computed from them is gathered first, so
+    that statistics, whitening, minibatches and every decision are the same on all, and as on one process with all the
+    samples. Raises InputError where config and models don't go together.
     """
 
     def __init__(
@@ -57,14 +59,18 @@ class PPOTrainer:
         sampling: Sampling | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         lr_scheduler: Any = None,
+        controller_kl: str = "kl",
+        missing_eos_penalty: float = 0.0,
+        critic_learning_rate: float | None = None,
+        between_updates: Callable[[], None] | None = None,
     ) -> None:
         if reference is None and not policy.is_peft_model:
             raise InputError("reference=None needs a policy with adapters (model_lora_r > 0): give a reference model")
         set_seed(config.seed)
-        self.accelerator = _accelerator(config)
+        self.accelerator = make_accelerator(config)
         self.config = config.at_run_time(
             world_size=self.accelerator.num_processes,
-            is_encoder_decoder=False,
+            is_encoder_decoder=policy.decoder_start is not None,
             is_peft_model=policy.is_peft_model,
         )
         self.device = self.accelerator.device
@@ -75,17 +81,25 @@ class PPOTrainer:
             )
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling.for_model(policy.pretrained_model, max_new_tokens=64)
+        if missing_eos_penalty and not self.sampling.eos_token_ids:
+            raise InputError(
+                f"ppo_missing_eos_penalty={missing_eos_penalty}: the model names no end token, so that no response "
+                "ever ends: set 0, or eos_token_id in the model's generation_config.json"
+            )
         self.policy = policy.to(self.device)
         self.reference = None if reference is None else reference.to(self.device).eval().requires_grad_(False)
-        self.optimizer = optimizer or _adam(policy, config.learning_rate)
+        self.optimizer = optimizer or adam(policy, config.learning_rate, critic_learning_rate)
         self.lr_scheduler = lr_scheduler
-        self._update_model = self.accelerator.prepare_model(self.policy)
+        self.controller_kl, self.missing_eos_penalty = controller_kl, missing_eos_penalty
+        self.between_updates = between_updates
+        self.optimization = Optimization(self.config, self.accelerator, self.policy, self.optimizer)
         self.kl_controller = KLController(config.init_kl_coef, config.target, config.horizon, config.adap_kl_ctrl)
         self.moments = RunningMoments()
-        # Sampling differs by process; the order of minibatches is the same everywhere.
-        self.sampling_generator = torch.Generator(self.device).manual_seed(config.seed + self.accelerator.process_index)
-        self.order_generator = torch.Generator().manual_seed(config.seed)
+        # In the same state on all processes; of what is drawn each takes its own rows.
+        self.sampling_generator = torch.Generator().manual_seed(config.seed)
         self.steps_done = 0
+        self.current: Update | None = None
+        self.last_update: Update | None = None
 
     # 1. Rollout
 
@@ -93,109 +107,170 @@ class PPOTrainer:
         self, queries: Sequence[Tensor], sampling: Sampling | None = None, *, return_prompt: bool = False
     ) -> list[Tensor]:
         """Sample a response to each of the 1-D ``queries``; with ``return_prompt`` the query stands before it."""
-        responses = self.rollout(queries, sampling).responses
+        rollout = self.rollout(queries, sampling)
         if return_prompt:
-            return [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
-        return responses
+            return [torch.cat(pair) for pair in zip(rollout.queries, rollout.responses, strict=True)]
+        return rollout.responses
 
     def rollout(self, queries: Sequence[Tensor], sampling: Sampling | None = None, *, batch_size: int = 64) -> Rollout:
-        """Sample a response to each of the 1-D ``queries``, with the policy's log-probabilities and values."""
+        """Sample a response to each of the 1-D ``queries``, with the policy's log-probabilities and values.
+
+        Every process must give equally many; each has its own part of one stream of random numbers.
+        """
         queries = [query.to(self.device) for query in queries]
+        sampling, here = sampling or self.sampling, self.accelerator.process_index * len(queries)
+        uniform = draw(len(queries) * self.accelerator.num_processes, sampling.max_new_tokens, self.sampling_generator)
+        critic = self.policy.critic is not None
         with self.accelerator.autocast():
             generated = sample(
                 self.policy.pretrained_model,
                 queries,
-                sampling or self.sampling,
-                self.sampling_generator,
+                sampling,
+                uniform[here : here + len(queries)],
                 batch_size,
-                value_head=self.policy.v_head,
+                value_head=None if critic else self.policy.v_head,
                 prompt_length=self.config.pad_max_input_len or None,
             )
-        return Rollout(queries, generated.responses, generated.logprobs, generated.values)
+            values = generated.values
+            if critic:
+                values = critic_values(self.policy, queries, generated.responses, self._length)
+        return Rollout(queries, generated.responses, generated.logprobs, values)
 
     # 2. Step
 
     def step(
-        self, queries: Sequence[Tensor], responses: Sequence[Tensor], scores: Sequence[Tensor | float]
+        self,
+        queries: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        scores: Sequence[Score],
+        response_masks: Sequence[Tensor] | None = None,
     ) -> dict[str, Any]:
-        """One PPO step on ``batch_size`` 1-D queries, 1-D responses and one score each; returns the statistics."""
+        """One PPO step on ``batch_size`` 1-D queries, 1-D responses and what each earned; returns the statistics.
+
+        A score is one number, or one for each token of the response. ``response_masks`` are true for the tokens that
+        are the policy's own: only these are trained, and are time steps of the advantages.
+        """
         started = time.perf_counter()
-        if not len(queries) == len(responses) == len(scores) == self.config.batch_size:
-            raise InputError(
-                f"step got {len(queries)} queries, {len(responses)} responses and {len(scores)} scores: "
-                f"batch_size={self.config.batch_size} of each are needed"
+        self._check_batch(len(queries), len(responses), len(scores))
+        with self.accelerator.autocast():
+            scored = score_with_policy(
+                self.policy,
+                [query.to(self.device) for query in queries],
+                [response.to(self.device) for response in responses],
+                temperature=self.sampling.temperature,
+                length=self._length,
             )
-        rollout = score_with_policy(
-            self.policy,
-            [query.to(self.device) for query in queries],
-            [response.to(self.device) for response in responses],
-            temperature=self.sampling.temperature,
-            length=self._length,
-        )
-        stats = self.update(rollout, scores)
-        stats["time/ppo/forward_pass"] += time.perf_counter() - started - stats["time/ppo/total"]
-        stats["time/ppo/total"] = time.perf_counter() - started
+        masks = None if response_masks is None else list(response_masks)
+        before = time.perf_counter() - started
+        stats = self.update(Rollout(scored.queries, scored.responses, scored.logprobs, scored.values, masks), scores)
+        stats["time/ppo/forward_pass"] += before
+        stats["time/ppo/total"] += before
         return stats
 
-    def update(self, rollout: Rollout, scores: Sequence[Tensor | float]) -> dict[str, Any]:
-        """One PPO step on what ``rollout`` gave: no second pass of the policy is needed; returns the statistics."""
+    def update(
+        self, rollout: Rollout, scores: Sequence[Score], extra: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """One PPO step on what ``rollout`` gave: no second pass of the policy is needed; returns the statistics.
+
+        ``extra`` is put among them.
+        """
+        self._check_batch(len(rollout.queries), len(rollout.responses), len(scores))
         clock = Clock()
-        raw_scores = torch.tensor([float(score) for score in scores], device=self.device)
-        shaped = shape_scores(
-            raw_scores,
-            self.moments,
-            scaling=self.config.use_score_scaling,
-            center=self.config.use_score_norm,
-            clip=self.config.score_clip,
-            reduce=self._reduce,
-        )
-        ref_rows, penalty_rows = self._reference_logprobs(rollout)
-        clock.lap("time/ppo/forward_pass")
-        experience = self._experience(rollout, shaped, ref_rows, penalty_rows)
-        clock.lap("time/ppo/compute_advantages")
-        with evaluating(self._update_model):
-            stats = self._optimize(experience)
+        self.current = self._begin(rollout, scores, clock)
+        self.current.extra |= extra or {}
+        return self.finish_update(clock)
+
+    def finish_update(self, clock: Clock | None = None) -> dict[str, Any]:
+        """Bring the PPO step under way, ``current``, to its end, from where it was interrupted; the statistics."""
+        update, clock = self.current, clock or Clock()
+        if update is None:
+            raise RuntimeError("no PPO step is under way: call update")
+        while self.optimization.advance(update):
+            if self.between_updates is not None:
+                self.between_updates()
         clock.lap("time/ppo/optimize_step")
-        kl_coef = self.kl_controller.value
-        stats.update(batch_statistics(experience, shaped, raw_scores, self._reduce))
-        self.kl_controller.update(stats["objective/kl"], len(shaped) * self.accelerator.num_processes)
-        stats["objective/kl_coef"] = kl_coef
-        stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
-        self.steps_done += 1
-        if self.config.optimize_device_cache and self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        stats = self._conclude(update)
         clock.lap("time/ppo/calc_stats")
         return {**stats, **clock.times, "time/ppo/total": clock.total}
 
+    def _check_batch(self, queries: int, responses: int, scores: int) -> None:
+        if not queries == responses == scores == self.config.batch_size:
+            raise InputError(
+                f"step got {queries} queries, {responses} responses and {scores} scores: "
+                f"batch_size={self.config.batch_size} of each are needed"
+            )
+
     # 3. Rewards and advantages
 
-    def _reference_logprobs(self, rollout: Rollout) -> tuple[list[Tensor], list[Tensor] | None]:
-        """The reference's log-probabilities and, where kl_penalty is full, the exact KL per token."""
+    def _begin(self, rollout: Rollout, scores: Sequence[Score], clock: Clock) -> Update:
+        columns = self._reference_rows(rollout, full="full" in (self.config.kl_penalty, self.controller_kl))
+        totals, by_token = split_scores(scores, rollout.responses)
+        rollout, columns, totals, by_token = gathered(self.accelerator, rollout, columns, totals, by_token)
+        clock.lap("time/ppo/forward_pass")
+        raw_scores = torch.tensor(totals)
+        shaped, factor = self._shape(raw_scores, rollout, by_token)
+        mask = response_mask(rollout)
+        earned = earned_by_token(shaped.to(self.device), factor, by_token, mask)
+        experience = self._experience(rollout, mask, earned, columns)
+        kl = float(masked_sum(self._kl(experience, columns, self.controller_kl), mask)) / len(totals)
+        update = Update(experience, self.sampling.temperature, shaped, raw_scores, kl)
+        note = diagnose_negative_kl(self.policy.pretrained_model, experience, self.sampling)
+        if note:
+            update.extra["objective/kl_diagnosis"] = note
+        clock.lap("time/ppo/compute_advantages")
+        update.extra |= clock.times
+        return update
+
+    def _reference_rows(self, rollout: Rollout, *, full: bool) -> dict[str, list[Tensor]]:
+        """The reference's log-probabilities and, where it is asked for, the exact KL per token."""
         temperature, length = self.sampling.temperature, self._length
         queries, responses = rollout.queries, rollout.responses
         with self.accelerator.autocast():
             with self._reference_model() as reference:
                 logprobs = response_logprobs(reference, queries, responses, temperature=temperature, length=length)
-            if self.config.kl_penalty != "full":
-                return logprobs, None
+            if not full:
+                return {"ref": logprobs}
             policy = self.policy.pretrained_model
-            return logprobs, response_full_kl(
+            exact = response_full_kl(
                 policy, self._reference_model, queries, responses, temperature=temperature, length=length
             )
+        return {"ref": logprobs, "full": exact}
+
+    def _shape(self, raw_scores: Tensor, rollout: Rollout, by_token: list[Tensor] | None) -> tuple[Tensor, float]:
+        """Scores after the penalty for a missing end, scaling, centring and clipping; and the scale."""
+        config = self.config
+        if by_token is not None and (config.use_score_norm or config.score_clip is not None):
+            raise InputError(
+                f"use_score_norm={config.use_score_norm}, score_clip={config.score_clip}: these are for one score per "
+                "response, and the reward gave one per token: set neither"
+            )
+        if self.missing_eos_penalty:
+            missing = ~torch.tensor(self._ended(rollout))
+            raw_scores = raw_scores - self.missing_eos_penalty * missing
+            for row in missing.nonzero().flatten().tolist() if by_token is not None else []:
+                if len(by_token[row]):  # type: ignore[index]
+                    by_token[row][-1] -= self.missing_eos_penalty  # type: ignore[index]
+        return shape_scores(
+            raw_scores,
+            self.moments,
+            scaling=config.use_score_scaling,
+            center=config.use_score_norm,
+            clip=config.score_clip,
+        )
+
+    def _ended(self, rollout: Rollout) -> list[bool]:
+        ends = self.sampling.eos_token_ids
+        return [len(response) > 0 and int(response[-1]) in ends for response in rollout.responses]
 
     def _experience(
-        self, rollout: Rollout, scores: Tensor, ref_rows: list[Tensor], penalty_rows: list[Tensor] | None
+        self, rollout: Rollout, mask: Tensor, earned: Tensor, columns: dict[str, list[Tensor]]
     ) -> Experience:
-        lengths = [len(response) for response in rollout.responses]
-        mask = length_mask(lengths, self.device)
-        logprobs, ref_logprobs, values = (pad_rows(rows) for rows in (rollout.logprobs, ref_rows, rollout.values))
-        if penalty_rows is None:
-            penalties = kl_penalty(logprobs, ref_logprobs, self.config.kl_penalty)
-        else:
-            penalties = pad_rows(penalty_rows)
-        rewards = token_rewards(scores, penalties, mask, self.kl_controller.value)
+        logprobs, ref_logprobs, values = (
+            torch.where(mask, pad_rows(rows), 0) for rows in (rollout.logprobs, columns["ref"], rollout.values)
+        )
+        unfinished = Experience(rollout, mask, logprobs, ref_logprobs, values, earned, earned, earned, earned)
+        penalties = self._kl(unfinished, columns, self.config.kl_penalty)
+        rewards = token_rewards(earned, penalties, mask, self.kl_controller.value)
         advantages, returns = advantages_and_returns(
             values,
             rewards,
@@ -203,112 +278,91 @@ class PPOTrainer:
             gamma=self.config.gamma,
             lam=self.config.lam,
             whiten_rewards=self.config.whiten_rewards,
-            reduce=self._reduce,
         )
-        return Experience(rollout, mask, logprobs, ref_logprobs, values, rewards, advantages, returns)
+        return Experience(rollout, mask, logprobs, ref_logprobs, values, earned, rewards, advantages, returns)
 
-    # 4. Optimisation
+    def _kl(self, experience: Experience, columns: dict[str, list[Tensor]], kind: str) -> Tensor:
+        if kind == "full":
+            return pad_rows(columns["full"])
+        return kl_penalty(experience.logprobs, experience.ref_logprobs, kind)
 
-    def _optimize(self, experience: Experience) -> dict[str, Any]:
-        """ppo_epochs passes over the batch in random minibatches; returns the means over all minibatches."""
-        config, found, skipped, norms = self.config, [], 0, []
-        assert config.backward_batch_size is not None
-        for _ in range(config.ppo_epochs):
-            order = self._permutation(config.batch_size)
-            epoch: list[dict[str, Tensor]] = []
-            for start in range(0, config.batch_size, config.backward_batch_size):
-                rows = order[start : start + config.backward_batch_size]
-                stats, used = self._accumulate(experience, rows)
-                skipped += len(stats) - used
-                epoch += stats
-                if used:
-                    norms.append(self._apply_gradients())
-            found += epoch
-            if config.early_stopping and mean_over_minibatches(epoch)["ppo/policy/kl3"] > 1.5 * config.target_kl:
-                break
-        means = mean_over_minibatches(found)
-        means["ppo/policy/skipped_minibatches"] = skipped
-        means["ppo/policy/minibatches"] = len(found)
-        means["ppo/grad_norm"] = float(torch.stack(norms).mean()) if norms else 0.0
-        return means
+    # 4. Statistics
 
-    def _accumulate(self, experience: Experience, rows: list[int]) -> tuple[list[dict[str, Tensor]], int]:
-        """Add up the gradients of the minibatches of ``rows``; returns their statistics and how many counted."""
-        size, parts = self.config.mini_batch_size, self.config.gradient_accumulation_steps
-        stats, used = [], 0
-        for start in range(0, len(rows), size):
-            last = start + size >= len(rows)
-            with nullcontext() if last else self.accelerator.no_sync(self._update_model):
-                loss = self._minibatch(experience, rows[start : start + size])
-                stats.append(loss.stats)
-                skip = bool(loss.skip)
-                used += not skip
-                # A skipped minibatch adds nothing; with several processes all must still meet in the backward pass.
-                if not skip:
-                    self.accelerator.backward(loss.total / parts)
-                elif self.accelerator.num_processes > 1:
-                    self.accelerator.backward(torch.nan_to_num(loss.total) * 0)
-        return stats, used
-
-    def _minibatch(self, experience: Experience, rows: list[int]) -> MinibatchLoss:
-        rollout, config = experience.rollout, self.config
-        lengths = [len(rollout.responses[row]) for row in rows]
-        sequences = Sequences.of(
-            [rollout.queries[row] for row in rows], [rollout.responses[row] for row in rows], self._length
-        )
-        outputs = self._update_model(sequences.input_ids, sequences.index, sequences.tokens, self.sampling.temperature)
-        logprobs, values, entropy = (pad_rows(list(flat.split(lengths))) for flat in outputs)
-        width = logprobs.shape[1]
-
-        def of(table: Tensor) -> Tensor:
-            return table[rows, :width]
-
-        return ppo_loss(
-            logprobs=logprobs,
-            values=values,
-            entropy=entropy,
-            old_logprobs=of(experience.logprobs),
-            old_values=of(experience.values),
-            advantages=of(experience.advantages),
-            returns=of(experience.returns),
-            mask=of(experience.mask),
-            cliprange=config.cliprange,
-            cliprange_value=config.cliprange_value,
-            vf_coef=config.vf_coef,
-            ratio_threshold=config.ratio_threshold,
-            reduce=self._reduce,
-        )
-
-    def _apply_gradients(self) -> Tensor:
-        """One optimizer step, clipped on every step, not taken where the gradient isn't finite; returns its norm."""
-        parameters = [p for p in self.policy.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if bool(torch.isfinite(norm)):
-            if self.config.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
+    def _conclude(self, update: Update) -> dict[str, Any]:
+        """The statistics of the step; the KL coefficient and the scheduler go on."""
+        ended = self._ended(update.experience.rollout)
+        means = torch.stack(update.seen).mean(0).tolist()
+        stats: dict[str, Any] = {
+            **dict(zip(update.names, means, strict=True)),
+            **batch_statistics(update.experience, update.scores, update.raw_scores, update.controller_kl),
+            **update.extra,
+            "objective/kl_coef": self.kl_controller.value,
+            "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "ppo/policy/skipped_minibatches": update.skipped,
+            "ppo/policy/minibatches": len(update.seen),
+            "ppo/grad_norm": sum(update.norms) / len(update.norms) if update.norms else 0.0,
+            "tokens/responses_ended": sum(ended) / len(ended),
+        }
+        self.kl_controller.update(update.controller_kl, len(update.scores))
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.steps_done += 1
+        self.current, self.last_update = None, update
+        if self.config.optimize_device_cache and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return stats
 
     def log_stats(self, stats: dict[str, Any], step: int | None = None) -> None:
         """Send the numbers among ``stats`` to the tracker that config.log_with names."""
         numbers = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=self.steps_done if step is None else step)
 
-    # Processes, shapes, order
+    # State
 
-    @property
-    def _reduce(self) -> Reduce | None:
-        if self.accelerator.num_processes == 1:
-            return None
-        return lambda tensor: self.accelerator.reduce(tensor, reduction="sum")
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides how training goes on, the same on every process: nested dicts of tensors and numbers.
+
+        May be taken between steps and, in ``between_updates``, within one. The global random states of Python, NumPy
+        and torch, which differ by process, are not in it: see ``rlhf_ppo.ppo.randomness``.
+        """
+        return {
+            "policy": {name: value.detach() for name, value in self._trained()},
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "kl_coef": self.kl_controller.value,
+            "moments": dict(vars(self.moments)),
+            "sampling_generator": self.sampling_generator.get_state(),
+            "order_generator": self.optimization.generator.get_state(),
+            "steps_done": self.steps_done,
+            "current": None if self.current is None else self.current.state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``. Raises InputError where it is of another policy."""
+        trained = dict(self._trained())
+        other = sorted(set(trained) ^ set(state["policy"]))
+        if other:
+            raise InputError(f"the state is of another policy: {', '.join(other[:3])} in only one of the two")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state["policy"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.kl_controller.value = state["kl_coef"]
+        self.moments = RunningMoments(**state["moments"])
+        self.sampling_generator.set_state(state["sampling_generator"])
+        self.optimization.generator.set_state(state["order_generator"])
+        self.steps_done = state["steps_done"]
+        current = state["current"]
+        self.current = None if current is None else Update.from_state(current, self.device)
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, value) for name, value in self.policy.named_parameters() if value.requires_grad]
 
     @property
     def _length(self) -> int | None:
         return self.config.pad_max_len or None
-
-    def _permutation(self, size: int) -> list[int]:
-        return torch.randperm(size, generator=self.order_generator).tolist()
 
     @contextmanager
     def _reference_model(self) -> Iterator[nn.Module]:
@@ -317,20 +371,3 @@ class PPOTrainer:
         else:
             with self.policy.pretrained_model.disable_adapter():  # type: ignore[operator]
                 yield self.policy.pretrained_model
-
-
-def _accelerator(config: PPOConfig) -> Accelerator:
-    project = ProjectConfiguration(**config.project_kwargs) if config.project_kwargs else None
-    accelerator = Accelerator(log_with=config.log_with, project_config=project, **config.accelerator_kwargs)
-    if config.log_with is not None:
-        settings = {
-            name: value if isinstance(value, (int, float)) else str(value) for name, value in config.to_dict().items()
-        }
-        accelerator.init_trackers(config.tracker_project_name, config=settings, init_kwargs=config.tracker_kwargs)
-    return accelerator
-
-
-def _adam(policy: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    return torch.optim.Adam(parameters, lr=learning_rate, fused=fused or None)

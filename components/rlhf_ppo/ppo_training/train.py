@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
-import time
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_ppo.artifacts import complete_directory, loadable_by_transformers_4
+from rlhf_ppo.artifacts import complete_directory, write_whole
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings
-from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, StepReport, train
-from rlhf_ppo.ppo.models import load_model
+from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
+from rlhf_ppo.ppo.loop import Interrupted
+from rlhf_ppo.ppo.models import decoder_start, load_critic, load_model, shared_reference
 from rlhf_ppo.ppo.rewards import Reward, load_reward, score
+from rlhf_ppo.ppo_training.keep import Keeper
+from rlhf_ppo.ppo_training.policy_files import read_value_head
+from rlhf_ppo.ppo_training.record import Recorder
+from rlhf_ppo.preemption import Preemption
 from rlhf_ppo.settings import ModelSettings
 from rlhf_ppo.tracking import Tracker
 
@@ -43,27 +42,49 @@ def train_ppo(
     # 2. Models
     tokenizer = AutoTokenizer.from_pretrained(reference)
     trainer = build_trainer(settings, reference, tokenizer)
-    # 3. Training
+    digests = {
+        "prompts_digest": read_json(prompts / "manifest.json").get("digest"),
+        "reference_digest": read_json(reference / "digest.json").get("digest"),
+    }
+    # 3. Training, from where an earlier attempt was ended
     with Tracker.for_run("train_ppo", run_id, settings) as tracker:
-        tracker.log_params(trainer.config.to_dict())
-        manifest = read_json(prompts / "manifest.json")
-        tracker.log_dataset("prompts", manifest.get("digest", ""), str(settings.ppo.query_dataset), "training")
-        tracker.log_tags({f"prompts.{name}": count for name, count in manifest.get("counts", {}).items()})
-        tracker.log_tags({"reference.digest": read_json(reference / "digest.json").get("digest")})
+        _describe(tracker, settings, trainer, prompts, digests)
+        recorder = Recorder(settings, trainer, tracker, run_id)
+        with Preemption(trainer.accelerator) as preemption:
+            keeper = Keeper(settings, trainer, recorder, preemption, digests, policy.parent / "checkpoints")
+            keeper.resume()
+            trainer.between_updates = preemption.check
+            try:
+                train(
+                    trainer,
+                    rows,
+                    reward,
+                    on_step=recorder.record,
+                    before_step=keeper.before_step,
+                    before_update=keeper.keep_if_best,
+                    interruptible=preemption.interruptible,
+                    rollout_batch_size=settings.rollout.rollout_batch_size,
+                )
+            except Interrupted:
+                raise keeper.stopped() from None
+        trainer.accelerator.end_training()
         with complete_directory(policy) as unfinished:
-            recorder = Recorder(settings, trainer, tracker, unfinished)
-            train(
-                trainer,
-                rows,
-                reward,
-                on_step=recorder.record,
-                before_update=recorder.keep_if_best,
-                rollout_batch_size=settings.rollout.rollout_batch_size,
-            )
-            trainer.accelerator.end_training()
-            metrics = recorder.save(reference, prompts)
-        _write_whole(history, "".join(json.dumps(line) + "\n" for line in recorder.lines))
+            keeper.save_result(unfinished)
+            metrics = recorder.conclude(unfinished, digests)
+        write_whole(history, "".join(json.dumps(line) + "\n" for line in recorder.lines))
+        keeper.remove()
     return metrics
+
+
+def _describe(
+    tracker: Tracker, settings: RunSettings, trainer: PPOTrainer, prompts: Path, digests: dict[str, Any]
+) -> None:
+    """Tell the tracker what is trained on what."""
+    tracker.log_params(trainer.config.to_dict())
+    tracker.log_dataset("prompts", digests["prompts_digest"] or "", str(settings.ppo.query_dataset), "training")
+    counts = read_json(prompts / "manifest.json").get("counts", {})
+    tracker.log_tags({f"prompts.{name}": count for name, count in counts.items()})
+    tracker.log_tags({"reference.digest": digests["reference_digest"]})
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -85,17 +106,34 @@ def build_trainer(settings: RunSettings, reference: Path, tokenizer: Any) -> PPO
     sampling = Sampling.for_model(
         trunk, settings.rollout.rollout_max_new_tokens, temperature=settings.rollout.rollout_temperature
     )
-    frozen = None
+    algorithm, frozen, critic = settings.algorithm, None, None
     if settings.model.model_lora_r:
-        trunk = with_adapters(trunk, settings.model)
+        task = "CAUSAL_LM" if decoder_start(trunk) is None else "SEQ_2_SEQ_LM"
+        trunk = with_adapters(trunk, settings.model, task)
     else:
-        frozen = load_model(reference, settings.model.model_dtype)
+        frozen = shared_reference(trunk, algorithm.ppo_shared_layers)
+    if algorithm.ppo_separate_critic:
+        critic = load_critic(reference, settings.model.model_dtype)
+        if settings.model.model_lora_r:
+            critic = with_adapters(critic, settings.model, "FEATURE_EXTRACTION")
+    policy = PolicyWithValueHead(trunk, critic)
+    if algorithm.ppo_value_head:
+        policy.set_value_head(read_value_head(algorithm.ppo_value_head))
     # The pipeline tracks in MLflow by itself; log_with adds the others.
     config = replace(settings.ppo, log_with=None) if settings.ppo.log_with == "mlflow" else settings.ppo
-    return PPOTrainer(config, PolicyWithValueHead(trunk), frozen, tokenizer, sampling=sampling)
+    return PPOTrainer(
+        config,
+        policy,
+        frozen,
+        tokenizer,
+        sampling=sampling,
+        controller_kl=algorithm.ppo_controller_kl,
+        missing_eos_penalty=algorithm.ppo_missing_eos_penalty,
+        critic_learning_rate=algorithm.ppo_critic_learning_rate,
+    )
 
 
-def with_adapters(trunk: nn.Module, settings: ModelSettings) -> nn.Module:
+def with_adapters(trunk: nn.Module, settings: ModelSettings, task: str) -> nn.Module:
     """``trunk`` with LoRA adapters, which alone are trained."""
     from peft import LoraConfig, get_peft_model
 
@@ -107,7 +145,7 @@ def with_adapters(trunk: nn.Module, settings: ModelSettings) -> nn.Module:
         lora_alpha=settings.model_lora_alpha,
         lora_dropout=settings.model_lora_dropout,
         target_modules=names,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     try:
         return get_peft_model(trunk, lora)
@@ -133,109 +171,6 @@ def _try_reward(reward: Reward, prompts: list[Prompt]) -> None:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-class Recorder:
-    """Tells of every step, keeps the best policy where that is asked for, and saves the policy at the end."""
-
-    def __init__(self, settings: RunSettings, trainer: PPOTrainer, tracker: Tracker, directory: Path) -> None:
-        self.settings, self.trainer, self.tracker, self.directory = settings, trainer, tracker, directory
-        self.lines: list[dict[str, float]] = []
-        self.best_score, self.best_step = -math.inf, -1
-        self.started = time.monotonic()
-        self.last_scores: deque[float] = deque(maxlen=5)
-
-    def record(self, report: StepReport) -> None:
-        """Write one PPO step to the history, the tracker and the progress."""
-        numbers = {name: float(value) for name, value in report.stats.items() if isinstance(value, (int, float))}
-        self.lines.append({"step": float(report.step), **numbers})
-        self.last_scores.append(numbers["env/reward_mean"])
-        self.tracker.log_metrics(numbers, step=report.step)
-        emit(
-            "progress",
-            step="train_ppo",
-            done=report.step + 1,
-            total=self.trainer.config.total_ppo_epochs,
-            unit="PPO steps",
-            numbers={
-                "reward": numbers["env/reward_mean"],
-                "kl": numbers["objective/kl"],
-                "tokens/s": numbers["tokens/per_second"],
-            },
-        )
-
-    def keep_if_best(self, step: int, mean_score: float) -> None:
-        """On every compare_steps-th step: save the policy if its samples scored higher than any before."""
-        config = self.trainer.config
-        if not config.push_to_hub_if_best_kwargs or step % config.compare_steps or mean_score <= self.best_score:
-            return
-        self.best_score, self.best_step = mean_score, step
-        self._save_policy()
-
-    def _save_policy(self) -> None:
-        """Write the weights: plain files of the base model, with adapters merged in and also beside."""
-        from safetensors.torch import save_file
-
-        if not self.trainer.accelerator.is_main_process:
-            return
-        model = self.trainer.policy.pretrained_model
-        for entry in self.directory.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        if self.trainer.policy.is_peft_model:
-            model.save_pretrained(self.directory / "adapter", safe_serialization=True)  # type: ignore[operator]
-            save_merged(model, self.directory)
-        else:
-            model.save_pretrained(self.directory, safe_serialization=True)  # type: ignore[operator]
-        head = {f"v_head.{name}": value.cpu() for name, value in self.trainer.policy.v_head.state_dict().items()}
-        save_file(head, str(self.directory / "value_head.safetensors"))
-
-    def save(self, reference: Path, prompts: Path) -> dict[str, float]:
-        """Finish the policy's directory; returns the final metrics."""
-        if self.best_step < 0:
-            self._save_policy()
-        self.trainer.tokenizer.save_pretrained(self.directory)
-        loadable_by_transformers_4(self.directory)
-        last = self.lines[-1]
-        metrics = {
-            "mean_score": sum(self.last_scores) / len(self.last_scores),
-            "kl": last["objective/kl"],
-            "ppo_steps": float(len(self.lines)),
-            "seconds": time.monotonic() - self.started,
-        }
-        lineage = {
-            "base": self.settings.ppo.model_name,
-            "reference_digest": read_json(reference / "digest.json").get("digest"),
-            "prompts_digest": read_json(prompts / "manifest.json").get("digest"),
-            "reward_model": self.settings.ppo.reward_model,
-            "best_step": self.best_step if self.best_step >= 0 else None,
-            "metrics": metrics,
-            "settings": json.loads(self.settings.to_json()),
-        }
-        (self.directory / "training.json").write_text(json.dumps(lineage, indent=1), encoding="utf-8")
-        return metrics
-
-
-def save_merged(model: Any, directory: Path) -> None:
-    """Save a PEFT model's base with the adapters' product added to its weights; the model itself is not touched."""
-    from peft.tuners.lora import LoraLayer
-
-    base = model.get_base_model()
-    weights = {
-        name.replace(".base_layer.", "."): value for name, value in base.state_dict().items() if ".lora_" not in name
-    }
-    layers: list[tuple[str, Any]] = [(n, layer) for n, layer in base.named_modules() if isinstance(layer, LoraLayer)]
-    for name, layer in layers:
-        if f"{name}.weight" in weights:
-            for adapter in model.active_adapters:
-                weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.get_delta_weight(adapter)
-    base.save_pretrained(directory, state_dict=weights, safe_serialization=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

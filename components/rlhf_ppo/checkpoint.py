@@ -1,0 +1,262 @@
+"""Checkpoints on disk: whole or absent, checked when read, without pickle.
+
+A checkpoint is a directory: ``tensors.safetensors``, ``state.json`` for everything else, and ``manifest.json`` with the
+SHA-256 of both. It is written under another name and renamed, beside training in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.artifacts import digest_of, sha256
+from rlhf_ppo.errors import InputError
+from rlhf_ppo.events import emit
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+Tree = dict[str, Any]
+"""Nested dicts and lists of tensors, numbers, texts, booleans and None."""
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that is torn or altered; says which file and how."""
+
+
+class CheckpointStore:
+    """The checkpoints of one training in ``directory``, of which the latest ``keep`` are kept.
+
+    ``identity`` is everything that decides the training's result; a checkpoint of another is refused.
+    """
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any], keep: int) -> None:
+        self.directory, self.identity, self.keep = directory, dict(identity), keep
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[bool] | None = None
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"checkpoint_dir: {directory} can't be made ({error}): name a directory that this step may write to"
+            ) from error
+        for left_over in directory.glob("*.unfinished"):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+    # Writing
+
+    def save(self, name: str, state: Tree, *, wait: bool = False) -> bool:
+        """Write ``state`` as ``name``; names sort by age. Returns whether it is, or will be, written.
+
+        The state is copied at once and may change afterwards. Without ``wait`` nothing is written while an earlier one
+        still is. A failure is told, and raised only with ``wait``.
+        """
+        if self._writing is not None and not self._writing.done() and not wait:
+            emit("checkpoint_left_out", name=name, reason="the one before is still being written")
+            return False
+        tree, tensors = _flattened(state)
+        self._writing = self._writer.submit(self._write, name, tree, tensors, wait)
+        return self._writing.result() if wait else True
+
+    def finish_writing(self) -> None:
+        """Wait for what is being written."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, name: str, tree: Any, tensors: dict[str, Tensor], strict: bool) -> bool:
+        from safetensors.torch import save_file
+
+        state = {"format": FORMAT, "identity": self.identity, "versions": _versions(), "state": tree}
+
+        def fill(directory: Path) -> None:
+            save_file(tensors, str(directory / "tensors.safetensors"))
+            (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+        try:
+            self._seal(name, fill)
+        except OSError as error:
+            emit("checkpoint_failed", name=name, directory=str(self.directory), reason=str(error))
+            if strict:
+                raise
+            return False
+        emit("checkpoint_written", name=name, directory=str(self.directory))
+        self._prune()
+        return True
+
+    def _seal(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Make the directory ``name`` of what ``fill`` writes, whole and on the disk."""
+        unfinished = self.directory / f"{name}.{os.getpid()}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            fill(unfinished)
+            files = {file.relative_to(unfinished).as_posix(): file for file in unfinished.rglob("*") if file.is_file()}
+            digests = {file: sha256(path) for file, path in sorted(files.items())}
+            manifest = unfinished / MANIFEST
+            manifest.write_text(json.dumps({"files": digests, "digest": digest_of(digests)}), encoding="utf-8")
+            for path in (*files.values(), manifest, unfinished):
+                _to_disk(path)
+            target = self.directory / name
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(unfinished, target)
+            _to_disk(self.directory)
+        except OSError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _prune(self) -> None:
+        """Leave the latest checkpoints, and the best policies that they or the training know of."""
+        names = self._names()
+        for name in names[: -self.keep]:
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+        oldest = names[-self.keep :][:1]
+        best = sorted(path.name for path in self.directory.glob("best-*") if path.suffix != ".unfinished")
+        # A policy that was the best when the oldest checkpoint was written is still wanted if training restarts there.
+        before = [name for name in best if oldest and name.removeprefix("best-") < oldest[0].removeprefix("step-")]
+        for name in before[:-1]:
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+
+    def keep_best(self, step: int, fill: Callable[[Path], None]) -> None:
+        """Keep what ``fill`` writes as the best policy, that of the PPO step ``step``."""
+        self._seal(_best(step), fill)
+
+    # Reading
+
+    def latest(self) -> str | None:
+        """The name of the latest whole checkpoint; a damaged one is told and passed over.
+
+        Raises InputError where it is of another training, with the differences.
+        """
+        for name in reversed(self._names()):
+            try:
+                state = self._checked(name)
+            except DamagedCheckpoint as error:
+                emit("checkpoint_damaged", name=name, directory=str(self.directory), reason=str(error))
+                continue
+            self._compare(name, state)
+            return name
+        return None
+
+    def read(self, name: str) -> Tree:
+        """The state that was saved as ``name``, with its tensors on the CPU."""
+        from safetensors.torch import load_file
+
+        document = json.loads((self.directory / name / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(str(self.directory / name / "tensors.safetensors"))
+        found: Tree = _unflattened(document["state"], tensors)
+        return found
+
+    def best(self, step: int) -> Path:
+        """The directory of the best policy. Raises DamagedCheckpoint where it is not whole."""
+        check_sealed(self.directory / _best(step))
+        return self.directory / _best(step)
+
+    def remove(self) -> None:
+        """Delete everything: the training is done and its outputs are kept elsewhere."""
+        self.finish_writing()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _names(self) -> list[str]:
+        return sorted(path.name for path in self.directory.glob("step-*") if path.suffix != ".unfinished")
+
+    def _checked(self, name: str) -> dict[str, Any]:
+        check_sealed(self.directory / name)
+        found: dict[str, Any] = json.loads((self.directory / name / "state.json").read_text(encoding="utf-8"))
+        return found
+
+    def _compare(self, name: str, document: dict[str, Any]) -> None:
+        where = f"the checkpoint {self.directory / name}"
+        if document.get("format") != FORMAT:
+            raise InputError(
+                f"{where} has the format {document.get('format')}, and this version reads {FORMAT}: finish it with the "
+                f"version that wrote it ({document.get('versions')}), or set another checkpoint_name"
+            )
+        theirs: dict[str, Any] = document["identity"]
+        names = sorted(n for n in {*theirs, *self.identity} if theirs.get(n) != self.identity.get(n))
+        if names:
+            differences = "; ".join(f"{n} is {theirs.get(n)!r} there and {self.identity.get(n)!r} here" for n in names)
+            raise InputError(
+                f"{where} is of another training: {differences}. Set another checkpoint_name, give the same settings, "
+                "or delete that folder"
+            )
+        if document["versions"] != _versions():
+            emit("checkpoint_versions", name=name, written_by=document["versions"], read_by=_versions())
+
+
+def check_sealed(directory: Path) -> None:
+    """Raise DamagedCheckpoint unless ``directory`` holds exactly what its manifest says."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        digests: dict[str, str] = manifest["files"]
+        if manifest["digest"] != digest_of(digests) or not isinstance(digests, dict):
+            raise DamagedCheckpoint(f"{MANIFEST} was altered")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{MANIFEST} can't be read ({error})") from error
+    for name, digest in digests.items():
+        path = directory / name
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{name} is missing")
+        if sha256(path) != digest:
+            raise DamagedCheckpoint(f"{name} was altered or cut short")
+
+
+def _best(step: int) -> str:
+    return f"best-{step:08d}"
+
+
+def _to_disk(path: Path) -> None:
+    """Have the system write what it holds back of a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    from rlhf_ppo import __version__
+
+    return {"rlhf_ppo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _flattened(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """``tree`` as JSON, and copies of its tensors on the CPU by their path in it."""
+    tensors: dict[str, Tensor] = {}
+
+    def flatten(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": path}
+        if isinstance(value, Mapping):
+            return {"dict": [[key, flatten(inner, f"{path}/{key}")] for key, inner in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return {
+                type(value).__name__: [flatten(inner, f"{path}/{number}") for number, inner in enumerate(value)],
+            }
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"{path}: {type(value).__name__} can't be kept in a checkpoint")
+
+    return flatten(tree, path), tensors
+
+
+def _unflattened(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {key: _unflattened(item, tensors) for key, item in inner}
+    items = [_unflattened(item, tensors) for item in inner]
+    return tuple(items) if kind == "tuple" else items

@@ -1,0 +1,135 @@
+"""When training's state is kept, where, and how it goes on from there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, gather_object
+
+from rlhf_ppo.artifacts import digest_of
+from rlhf_ppo.checkpoint import MANIFEST, CheckpointStore, DamagedCheckpoint
+from rlhf_ppo.events import emit
+from rlhf_ppo.fields import parameters_of
+from rlhf_ppo.parameters import GROUPS, RunSettings, encode
+from rlhf_ppo.ppo import PPOTrainer
+from rlhf_ppo.ppo.randomness import random_state, set_random_state
+from rlhf_ppo.ppo_training.policy_files import save_policy
+from rlhf_ppo.ppo_training.record import Recorder
+from rlhf_ppo.preemption import Preemption
+
+DIRECTORY_VARIABLE = "RLHF_PPO_CHECKPOINTS"
+DECIDING_GROUPS = ("ppo", "model", "reward", "rollout", "algorithm")
+NOT_DECIDING = frozenset(
+    "exp_name log_with task_name model_name model_revision query_dataset remove_unused_columns tracker_kwargs "
+    "project_kwargs tracker_project_name optimize_device_cache".split()
+)
+"""Parameters that leave the trained weights as they are, or that the digests of the inputs stand for."""
+
+
+class Stopped(RuntimeError):
+    """Training was told to stop, and says where it goes on."""
+
+
+class Keeper:
+    """Writes checkpoints of the trainer and the recorder, and takes training up from the latest."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        trainer: PPOTrainer,
+        recorder: Recorder,
+        preemption: Preemption,
+        digests: dict[str, Any],
+        beside: Path,
+    ) -> None:
+        self.trainer, self.recorder, self.preemption = trainer, recorder, preemption
+        self.every = settings.checkpoint.checkpoint_every
+        identity = identity_of(settings, digests, trainer.accelerator.num_processes)
+        place = settings.checkpoint.checkpoint_dir or os.environ.get(DIRECTORY_VARIABLE) or str(beside)
+        name = settings.checkpoint.checkpoint_name or f"{digest_of(identity)[:16]}"
+        self.store = CheckpointStore(Path(place) / name, identity, settings.checkpoint.checkpoint_keep)
+        self.resumed_at: int | None = None
+
+    def resume(self) -> None:
+        """Take up the latest whole checkpoint, if there is one. Raises InputError for one of another training."""
+        accelerator = self.trainer.accelerator
+        found = [self.store.latest() if accelerator.is_main_process else None]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        name = found[0]
+        if name is None:
+            return
+        state = self.store.read(name)
+        self.trainer.load_state_dict(state["trainer"])
+        self.recorder.load_state(state["recorder"])
+        set_random_state(state["random"][accelerator.process_index])
+        self.resumed_at = self.trainer.steps_done
+        if accelerator.is_main_process:
+            emit("resumed", step="train_ppo", done=self.resumed_at, checkpoint=str(self.store.directory / name))
+
+    def before_step(self, step: int) -> None:
+        """Between two PPO steps: stop if that was asked for, or write a checkpoint if it is time."""
+        self.preemption.check()
+        if self.every and step and step % self.every == 0 and step != self.resumed_at:
+            self.save()
+
+    def save(self, *, wait: bool = False) -> bool:
+        """Write a checkpoint of this moment. All processes must call it together."""
+        random = gather_object([random_state()])
+        if not self.trainer.accelerator.is_main_process:
+            return True
+        current = self.trainer.current
+        name = f"step-{self.trainer.steps_done:08d}-{0 if current is None else current.optimizer_steps:06d}"
+        state = {"trainer": self.trainer.state_dict(), "recorder": self.recorder.state(), "random": random}
+        return self.store.save(name, state, wait=wait)
+
+    def keep_if_best(self, step: int, mean_score: float) -> None:
+        """Keep the policy where its samples scored best so far and that is asked for."""
+        if self.recorder.is_best(step, mean_score) and self.trainer.accelerator.is_main_process:
+            self.store.keep_best(step, lambda directory: save_policy(self.trainer, directory))
+
+    def stopped(self) -> Stopped:
+        """Write a checkpoint at once; returns what to raise."""
+        done = self.trainer.steps_done
+        try:
+            self.save(wait=True)
+        except OSError as error:
+            return Stopped(f"stopped by SIGTERM after {done} PPO steps; no checkpoint could be written: {error}")
+        return Stopped(
+            f"stopped by SIGTERM after {done} PPO steps; the same training, started again, goes on from "
+            f"{self.store.directory}"
+        )
+
+    def save_result(self, directory: Path) -> None:
+        """Write the best policy, where one was asked for, or else the last one, into ``directory``."""
+        self.store.finish_writing()
+        if self.recorder.best_step >= 0:
+            try:
+                shutil.copytree(self.store.best(self.recorder.best_step), directory, dirs_exist_ok=True)
+                (directory / MANIFEST).unlink()
+                return
+            except DamagedCheckpoint as error:
+                emit(
+                    "warning",
+                    step="train_ppo",
+                    message=f"the best policy, of PPO step {self.recorder.best_step}, is damaged ({error}): the last "
+                    "one is saved in its place",
+                )
+                self.recorder.best_step = -1
+        save_policy(self.trainer, directory)
+
+    def remove(self) -> None:
+        """Delete the checkpoints: the outputs are complete."""
+        if self.trainer.accelerator.is_main_process:
+            self.store.remove()
+
+
+def identity_of(settings: RunSettings, digests: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Everything that decides the trained weights."""
+    values = encode(settings)
+    names = [parameter.name for group in DECIDING_GROUPS for parameter in parameters_of(GROUPS[group])]
+    deciding = {name: values[name] for name in names if name not in NOT_DECIDING}
+    return {**deciding, **digests, "processes": processes}
