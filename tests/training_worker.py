@@ -1,0 +1,148 @@
+"""Training in a process of its own, which tests may kill: the real step, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlhf_ppo import tracking
+from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
+from rlhf_ppo.parameters import decode
+from rlhf_ppo.ppo.optimization import Optimization
+from rlhf_ppo.ppo_training.train import train_ppo
+from rlhf_ppo.reference_snapshot.snapshot import snapshot_reference
+from rlhf_ppo.settings import DataSettings
+from rlhf_ppo.steps import running_step
+from tiny_models import llama, word_tokenizer
+
+REWARD = """
+import os, pathlib, random, time
+import numpy, torch
+
+calls = 0
+
+def noisy(prompts, responses):
+    # Draws from every global random stream: a resumed run must find them where they were.
+    global calls
+    calls += 1
+    wait_at = os.environ.get("WAIT_IN_REWARD")
+    if wait_at and len(responses) > 2 and calls == int(wait_at):
+        pathlib.Path("waiting").touch()
+        time.sleep(600)
+    noise = random.random() + numpy.random.rand() + float(torch.rand(()))
+    high = [sum(int(word[1:]) > 33 for word in text.split() if word[1:].isdigit()) for text in responses]
+    return [value / 12 + noise for value in high]
+"""
+SMALL = {
+    "model_name": "model", "query_dataset": "rows.jsonl", "reward_model": "noisy_reward:noisy", "steps": 192,
+    "batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2, "ppo_epochs": 2, "learning_rate": 1e-2,
+    "rollout_max_new_tokens": 8, "checkpoint_every": 1, "use_score_scaling": True, "use_score_norm": True,
+    "horizon": 100.0, "mlflow_tracking_uri": "sqlite:////dev/null/nowhere",
+}  # fmt: skip
+
+
+def make_inputs(directory: Path) -> None:
+    """A tiny model, prompts and a reward in ``directory``, prepared by the real steps."""
+    llama(seed=3).save_pretrained(directory / "model")
+    word_tokenizer().save_pretrained(directory / "model")
+    snapshot_reference(str(directory / "model"), "", directory / "reference", directory / "tokenizer")
+    rows = [json.dumps({"prompt": f"w{3 + i % 60} w{3 + i // 60} w5"}) for i in range(40)]
+    (directory / "rows.jsonl").write_text("\n".join(rows))
+    prepare_dataset(
+        query_dataset=str(directory / "rows.jsonl"),
+        data=DataSettings(),
+        remove_unused_columns=True,
+        max_new_tokens=8,
+        tokenizer=directory / "tokenizer",
+        prompts=directory / "prompts",
+    )
+    (directory / "noisy_reward.py").write_text(REWARD)
+
+
+def start(inputs: Path, place: Path, env: dict[str, str] | None = None, **changes: Any) -> BaseProcess:
+    """Begin training with outputs and checkpoints in ``place``; returns the process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_worker"])
+    process = context.Process(target=_train, args=(inputs, place, {**SMALL, **changes}, env or {}))
+    process.start()
+    return process
+
+
+def _train(inputs: Path, place: Path, values: dict[str, Any], env: dict[str, str]) -> None:
+    place.mkdir(exist_ok=True)
+    os.chdir(place)
+    os.environ.update(
+        {**env, "RLHF_PPO_EVENTS": str(place / "events.jsonl"), "RLHF_PPO_SPOOL": str(place / "spool"),
+         "RLHF_PPO_CHECKPOINTS": str(place / "checkpoints")}
+    )  # fmt: skip
+    sys.path.insert(0, str(inputs))
+    # Nobody is there to be told, and no test waits for that.
+    tracking.DEADLINE = 0.0
+    sys.stderr = (place / "stderr").open("a")
+    if "WAIT_IN_UPDATE" in env:
+        _wait_in_update(int(env["WAIT_IN_UPDATE"]))
+    with running_step("train_ppo"):
+        train_ppo(decode(values).to_json(), inputs / "prompts", inputs / "reference", place / "policy",
+                  place / "history", env.get("RUN_ID", "run-1"))  # fmt: skip
+
+
+def _wait_in_update(number: int) -> None:
+    """Stop in the middle of a PPO step, before the ``number``-th optimizer step, until a signal has been taken."""
+    advance, calls = Optimization.advance, 0
+
+    def waiting(self: Optimization, update: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            Path("waiting").touch()
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and not Path("go").exists():
+                time.sleep(0.01)
+        return advance(self, update)
+
+    Optimization.advance = waiting  # type: ignore[method-assign]
+
+
+def finished(process: BaseProcess) -> int | None:
+    """The exit code, once the process has ended by itself."""
+    process.join(300)
+    return process.exitcode
+
+
+def wait_for(path: Path, process: BaseProcess) -> None:
+    """Wait until ``path`` is there."""
+    while not path.exists():
+        assert process.is_alive(), (path.parent / "stderr").read_text()
+        time.sleep(0.01)
+
+
+def events(place: Path, kind: str) -> list[dict[str, Any]]:
+    """What was told, of one kind."""
+    lines = (place / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def told(place: Path, kind: str) -> int:
+    """How often something of this kind was told so far."""
+    file = place / "events.jsonl"
+    return file.read_text().count(f'"kind": "{kind}"') if file.exists() else 0
+
+
+def result(place: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """All trained weights, and the history without what the clock says."""
+    weights = {
+        **load_file(place / "policy" / "model.safetensors"),
+        **load_file(place / "policy" / "value_head.safetensors"),
+    }
+    lines = [json.loads(line) for line in (place / "history").read_text().splitlines()]
+    timed = ("time/", "tokens/per_second")
+    return weights, [{n: v for n, v in line.items() if not n.startswith(timed)} for line in lines]
