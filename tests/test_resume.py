@@ -189,3 +189,32 @@ def test_a_store_that_cannot_be_written_is_an_error_before_training(tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="checkpoint_dir"):
         CheckpointStore(tmp_path / "file" / "inside", {}, 2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_two(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training by two processes that nothing happened to."""
+    place = tmp_path_factory.mktemp("undisturbed_two")
+    assert worker.start_two(inputs, place).wait(300) == 0, (place / "torchrun").read_text()[-3000:]
+    return place
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_two_processes_that_are_ended_go_on_with_the_same_bits(
+    inputs: Path, undisturbed_two: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    ended = tmp_path / "ended"
+    every = 0 if number == signal.SIGTERM else 2
+    process = worker.start_two(inputs, ended, checkpoint_every=every)
+    while process.poll() is None and worker.told(ended, "progress") < 9:
+        time.sleep(0.001)
+    # torchrun hands SIGTERM on; its workers are in sessions of their own.
+    for pid in [process.pid] if number == signal.SIGTERM else [process.pid, *worker.children(process.pid)]:
+        os.kill(pid, number)
+    assert process.wait(300) != 0
+    state = json.loads(sorted((ended / "checkpoints").glob("*/step-*/state.json"))[-1].read_text())["state"]
+    random_states = dict(state["dict"])["random"]["list"]
+    assert len(random_states) == 2 and random_states[0] != random_states[1]
+    assert worker.start_two(inputs, ended, checkpoint_every=every).wait(300) == 0, (ended / "torchrun").read_text()
+    assert worker.events(ended, "resumed")[-1]["done"] >= (9 if number == signal.SIGTERM else 6)
+    assert_same(ended, undisturbed_two)

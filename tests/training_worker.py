@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from multiprocessing.process import BaseProcess
@@ -38,7 +39,8 @@ def noisy(prompts, responses):
     if wait_at and len(responses) > 2 and calls == int(wait_at):
         pathlib.Path("waiting").touch()
         time.sleep(600)
-    noise = random.random() + numpy.random.rand() + float(torch.rand(()))
+    for _ in range(1 + int(os.environ.get("RANK", "0"))):
+        noise = random.random() + numpy.random.rand() + float(torch.rand(()))
     high = [sum(int(word[1:]) > 33 for word in text.split() if word[1:].isdigit()) for text in responses]
     return [value / 12 + noise for value in high]
 """
@@ -112,6 +114,25 @@ def _wait_in_update(number: int) -> None:
     Optimization.advance = waiting  # type: ignore[method-assign]
 
 
+def start_two(inputs: Path, place: Path, **changes: Any) -> subprocess.Popen[bytes]:
+    """Begin the training by two processes, under torchrun."""
+    arguments = [str(inputs), str(place), json.dumps({**SMALL, "accelerator_kwargs": {"cpu": True}, **changes})]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    place.mkdir(exist_ok=True)
+    with (place / "torchrun").open("ab") as log:
+        return subprocess.Popen(
+            [*command, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=log, stderr=log,
+        )  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    """The processes that ``pid`` started."""
+    stats = {int(path.parent.name): path.read_text() for path in Path("/proc").glob("[0-9]*/stat")}
+    return [child for child, stat in stats.items() if int(stat.rpartition(")")[2].split()[1]) == pid]
+
+
 def finished(process: BaseProcess) -> int | None:
     """The exit code, once the process has ended by itself."""
     process.join(300)
@@ -146,3 +167,7 @@ def result(place: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     lines = [json.loads(line) for line in (place / "history").read_text().splitlines()]
     timed = ("time/", "tokens/per_second")
     return weights, [{n: v for n, v in line.items() if not n.startswith(timed)} for line in lines]
+
+
+if __name__ == "__main__":
+    _train(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), {})

@@ -317,6 +317,14 @@ class PPOTrainer:
         numbers = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=self.steps_done if step is None else step)
 
+    def close(self) -> None:
+        """End the trackers and the processes' connection; nothing can be trained any more."""
+        # The connection must not be ended by the last reference to the distributed model: torch then waits for a thread
+        # that waits for Python's lock.
+        self.optimization.model = self.policy
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     # State
 
     def state_dict(self) -> dict[str, Any]:

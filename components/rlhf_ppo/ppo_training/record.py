@@ -18,9 +18,9 @@ LAST = 5
 
 
 class Recorder:
-    """Tells of every step, and remembers the history over interruptions."""
+    """Tells of every step, where it is given a tracker, and remembers the history over interruptions."""
 
-    def __init__(self, settings: RunSettings, trainer: PPOTrainer, tracker: Tracker, run_id: str) -> None:
+    def __init__(self, settings: RunSettings, trainer: PPOTrainer, tracker: Tracker | None, run_id: str) -> None:
         self.settings, self.trainer, self.tracker, self.run_id = settings, trainer, tracker, run_id
         self.lines: list[dict[str, float]] = []
         self.best_score, self.best_step = -math.inf, -1
@@ -41,7 +41,7 @@ class Recorder:
         """Go on from ``state``; a pipeline run that is not the one that wrote it is told of the steps before, too."""
         self.lines, self.seconds_before = state["lines"], state["seconds"]
         self.best_score, self.best_step = state["best_score"], state["best_step"]
-        if state["run_id"] != self.run_id:
+        if state["run_id"] != self.run_id and self.tracker is not None:
             for line in self.lines:
                 self.tracker.log_metrics({n: v for n, v in line.items() if n != "step"}, step=int(line["step"]))
 
@@ -52,7 +52,7 @@ class Recorder:
         """Write one PPO step to the history, the tracker and the progress."""
         numbers = {name: float(value) for name, value in report.stats.items() if isinstance(value, (int, float))}
         self.lines.append({"step": float(report.step), **numbers})
-        if not self.trainer.accelerator.is_main_process:
+        if self.tracker is None:
             return
         self.tracker.log_metrics(numbers, step=report.step)
         if "objective/kl_diagnosis" in report.stats:
@@ -80,22 +80,24 @@ class Recorder:
         self.best_score, self.best_step = mean_score, step
         return True
 
-    def conclude(self, directory: Path, digests: dict[str, Any]) -> dict[str, float]:
-        """Write training.json into the policy's ``directory``; returns the final metrics."""
+    def metrics(self) -> dict[str, float]:
+        """What training came to."""
         last, scores = self.lines[-1], [line["env/reward_mean"] for line in self.lines[-LAST:]]
-        metrics = {
+        return {
             "mean_score": sum(scores) / len(scores),
             "kl": last["objective/kl"],
             "ppo_steps": float(len(self.lines)),
             "seconds": self._seconds(),
         }
+
+    def conclude(self, directory: Path, digests: dict[str, Any]) -> None:
+        """Write training.json into the policy's ``directory``."""
         lineage = {
             "base": self.settings.ppo.model_name,
             **digests,
             "reward_model": self.settings.ppo.reward_model,
             "best_step": self.best_step if self.best_step >= 0 else None,
-            "metrics": metrics,
+            "metrics": self.metrics(),
             "settings": json.loads(self.settings.to_json()),
         }
         (directory / "training.json").write_text(json.dumps(lineage, indent=1), encoding="utf-8")
-        return metrics

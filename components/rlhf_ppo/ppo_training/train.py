@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def train_ppo(
 ) -> dict[str, float]:
     """Train, write the directory ``policy`` and the file ``history``, and return the final metrics.
 
+    Under torchrun every process calls it; the first writes. Their ``policy`` must be on a file system that all see.
+
     Raises InputError before anything is trained where the reward, the prompts or the model don't fit the settings.
     """
     from transformers import AutoTokenizer
@@ -47,17 +50,40 @@ def train_ppo(
         "reference_digest": read_json(reference / "digest.json").get("digest"),
     }
     # 3. Training, from where an earlier attempt was ended
-    with Tracker.for_run("train_ppo", run_id, settings) as tracker:
-        _describe(tracker, settings, trainer, prompts, digests)
+    main = trainer.accelerator.is_main_process
+    with Tracker.for_run("train_ppo", run_id, settings) if main else nullcontext() as tracker:
+        if tracker is not None:
+            _describe(tracker, settings, trainer, prompts, digests)
         recorder = Recorder(settings, trainer, tracker, run_id)
+        keeper = _train(settings, trainer, rows, reward, recorder, digests, policy.parent / "checkpoints")
+        if main:
+            with complete_directory(policy) as unfinished:
+                keeper.save_result(unfinished)
+                recorder.conclude(unfinished, digests)
+            write_whole(history, "".join(json.dumps(line) + "\n" for line in recorder.lines))
+            keeper.remove()
+    return recorder.metrics()
+
+
+def _train(
+    settings: RunSettings,
+    trainer: PPOTrainer,
+    prompts: list[Prompt],
+    reward: Reward,
+    recorder: Recorder,
+    digests: dict[str, Any],
+    beside: Path,
+) -> Keeper:
+    """Train to the end; SIGTERM ends it earlier, with a checkpoint and Stopped."""
+    try:
         with Preemption(trainer.accelerator) as preemption:
-            keeper = Keeper(settings, trainer, recorder, preemption, digests, policy.parent / "checkpoints")
+            keeper = Keeper(settings, trainer, recorder, preemption, digests, beside)
             keeper.resume()
             trainer.between_updates = preemption.check
             try:
                 train(
                     trainer,
-                    rows,
+                    prompts,
                     reward,
                     on_step=recorder.record,
                     before_step=keeper.before_step,
@@ -67,13 +93,9 @@ def train_ppo(
                 )
             except Interrupted:
                 raise keeper.stopped() from None
-        trainer.accelerator.end_training()
-        with complete_directory(policy) as unfinished:
-            keeper.save_result(unfinished)
-            metrics = recorder.conclude(unfinished, digests)
-        write_whole(history, "".join(json.dumps(line) + "\n" for line in recorder.lines))
-        keeper.remove()
-    return metrics
+            return keeper
+    finally:
+        trainer.close()
 
 
 def _describe(

@@ -1,0 +1,80 @@
+"""The same training by one process or by several, under torchrun; what each rank found goes to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
+from rlhf_ppo.ppo.loop import StepReport
+from tiny_models import llama, queries, word_tokenizer
+
+
+def wants_high_tokens(_: list[str], responses: list[str]) -> list[float]:
+    return [sum(int(word[1:]) > 33 for word in response.split() if word[1:].isdigit()) / 12 for response in responses]
+
+
+def policy(case: dict[str, Any]) -> tuple[PolicyWithValueHead, nn.Module | None]:
+    model: Any = llama(0)
+    if case.get("lora"):
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    critic = llama(2).model if case.get("critic") else None
+    made = PolicyWithValueHead(model, critic)
+    torch.manual_seed(5)
+    nn.init.normal_(made.v_head.summary.weight, std=0.2)
+    return made, None if case.get("lora") else llama(1)
+
+
+def run(case: dict[str, Any], out: Path) -> None:
+    """Train ``global_batch_size`` samples a step, however many processes there are, and save what each rank knows."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    sizes = {"batch_size": 8 // world, "mini_batch_size": case.get("minibatch", 4) // world, "steps": 24 // world}
+    values: dict[str, Any] = {"accelerator_kwargs": {"cpu": True}, "learning_rate": 1e-3, "ppo_epochs": 2}
+    config = PPOConfig(**{**values, **sizes, **case.get("config", {})})
+    made, reference = policy(case)
+    trainer = PPOTrainer(config, made, reference, word_tokenizer(), sampling=Sampling(8, eos_token_ids=(2,)))
+    assert trainer.config.world_size == world and trainer.config.global_batch_size == 8
+    reports: list[StepReport] = []
+    prompts = [Prompt(f"prompt {row}", query) for row, query in enumerate(queries(*[3, 4, 5, 6] * 5))]
+    if case.get("spoil"):
+        _spoil(trainer, rank)
+    train(trainer, prompts, wants_high_tokens, on_step=reports.append)
+    weights = {name: value.detach() for name, value in trainer.policy.named_parameters()}
+    torch.save(weights, out / f"weights-{world}-{rank}.pt")
+    lines = [
+        {
+            "stats": {n: v for n, v in report.stats.items() if not n.startswith(("time/", "tokens/per_second"))},
+            "scores": report.scores,
+            "responses": report.responses,
+        }
+        for report in reports
+    ]
+    (out / f"reports-{world}-{rank}.json").write_text(json.dumps({"lines": lines, "kl": trainer.kl_controller.value}))
+    trainer.accelerator.free_memory()
+
+
+def _spoil(trainer: PPOTrainer, rank: int) -> None:
+    """Make the ratio of one sample, which only the first process has, overflow: all must skip its minibatch."""
+    begin = trainer._begin
+
+    def spoiled(*arguments: Any) -> Any:
+        update = begin(*arguments)
+        update.experience.logprobs[1] -= 200
+        return update
+
+    trainer._begin = spoiled  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    for name, settings in json.loads(sys.argv[1]).items():
+        directory = Path(sys.argv[2]) / name
+        directory.mkdir(parents=True, exist_ok=True)
+        run(settings, directory)

@@ -1,0 +1,81 @@
+"""The result does not depend on the number of processes: torchrun with gloo against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed_worker import policy
+
+HERE = Path(__file__).parent
+WORKER = str(HERE / "distributed_worker.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything on": {
+        "minibatch": 2,
+        "config": {
+            "gradient_accumulation_steps": 2, "whiten_rewards": True, "use_score_scaling": True,
+            "use_score_norm": True, "score_clip": 1.0, "max_grad_norm": 0.5, "kl_penalty": "full", "horizon": 50.0,
+        },
+    },
+    "early stopping": {"config": {"early_stopping": True, "target_kl": 0.002, "ppo_epochs": 6}},
+    "skipped minibatches": {"minibatch": 2, "spoil": True, "config": {"gradient_accumulation_steps": 2}},
+    "adapters": {"lora": True},
+    "separate critic": {"critic": True},
+}  # fmt: skip
+
+
+def launch(out: Path, processes: int) -> None:
+    command = [sys.executable, WORKER]
+    if processes > 1:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            WORKER,
+        ]
+    done = subprocess.run([*command, json.dumps(CASES), str(out)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases, trained by one process and by two."""
+    out = tmp_path_factory.mktemp("found")
+    for processes in (1, 2):
+        launch(out, processes)
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_process_and_two_give_the_same_weights_and_every_rank_the_same_figures(found: Path, name: str) -> None:
+    place = found / name
+    alone, first, second = (torch.load(place / f"weights-{which}.pt") for which in ("1-0", "2-0", "2-1"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    initial, moved = policy(CASES[name])[0].state_dict(), 0.0
+    for key, value in alone.items():
+        torch.testing.assert_close(first[key], value, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        moved = max(moved, float((value - initial[key]).abs().max()))
+    assert moved > 1e-3
+    whole, left, right = (json.loads((place / f"reports-{which}.json").read_text()) for which in ("1-0", "2-0", "2-1"))
+    assert left["kl"] == right["kl"] == pytest.approx(whole["kl"], rel=1e-6)
+    for one, a, b in zip(whole["lines"], left["lines"], right["lines"], strict=True):
+        assert a["stats"] == b["stats"]
+        assert a["responses"] + b["responses"] == one["responses"]
+        assert a["scores"] + b["scores"] == one["scores"]
+        for figure, value in one["stats"].items():
+            if figure != "ppo/learning_rate":
+                assert a["stats"][figure] == pytest.approx(value, abs=2e-4, rel=2e-4), figure
+    last = whole["lines"][-1]["stats"]
+    assert (last["ppo/policy/skipped_minibatches"] > 0) == (name == "skipped minibatches")
+    assert (last["ppo/policy/minibatches"] < 12) if name == "early stopping" else True
