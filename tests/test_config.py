@@ -87,7 +87,7 @@ def test_all_errors_come_at_once_with_name_value_and_what_is_valid() -> None:
     assert found == [
         "steps='many' is not valid: give an integer >= 1",
         "learning_rate=-1.0 is not valid: give a number > 0",
-        "kl_penalty='kl2' is not valid: give one of 'kl', 'abs', 'mse', 'full'",
+        "kl_penalty='kl2' is not valid: give one of 'kl', 'abs', 'mse', 'full', 'k3'",
         "lam=1.5 is not valid: give a number >= 0 and <= 1",
     ]
 

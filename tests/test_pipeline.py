@@ -186,6 +186,7 @@ def test_every_parameter_reaches_the_steps_as_it_was_given(run: Run) -> None:
     given |= {"model_revision": "", "data_revision": "", "reward_revision": "", "hub_repo_id": "me/model"}
     given |= {"push_to_hub_if_best_kwargs": {"repo_id": "me/model", "private": False}}
     given |= {"pad_max_input_len": 1024, "pad_max_len": 2048, "log_with": "mlflow", "eval_seed": 2**31}
+    given |= {"checkpoint_name": "mine", "ppo_shared_layers": 0, "ppo_value_head": given["model_name"]}
     calls = run.start(**given)
     expected = encode(decode(given))
     arrived = encode(RunSettings.from_json(calls["train_ppo"]["config"]))

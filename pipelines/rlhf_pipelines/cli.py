@@ -178,6 +178,8 @@ def _run(given: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         progress.close()
         print(f"\ninterrupted; the run is in {directory}", file=sys.stderr)
+        if any(event["kind"] == "checkpoint_written" for event in local.follow(directory / "events.jsonl", bool)):
+            print("the same command goes on with the training from its last checkpoint", file=sys.stderr)
         return 130
     progress.close()
     failure = progress.last.get("step_failed")

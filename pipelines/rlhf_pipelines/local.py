@@ -27,6 +27,8 @@ from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import EVENTS_VARIABLE
 
 Event = dict[str, Any]
+GRACE = 30.0
+"""Seconds in which a run that is interrupted may end by itself; Kubernetes gives as many."""
 OUTPUTS = {
     "policy": "train-ppo/policy",
     "history.jsonl": "train-ppo/history",
@@ -139,11 +141,12 @@ def _terminable() -> Iterator[None]:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what still runs: with time for a training to write its checkpoint, unless it is interrupted once more."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5 if number == signal.SIGTERM else None)
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(GRACE if number == signal.SIGTERM else None)
 
 
 def _environment(directory: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
@@ -169,6 +172,8 @@ def _environment(directory: Path, parameters: Mapping[str, Any]) -> dict[str, st
         "PYTHONPATH": os.pathsep.join(search),
         EVENTS_VARIABLE: str(directory / "events.jsonl"),
         "RLHF_PPO_SPOOL": str(directory / "spool"),
+        # Beside all runs: the one that goes on with a training that was ended is another run.
+        "RLHF_PPO_CHECKPOINTS": os.environ.get("RLHF_PPO_CHECKPOINTS") or str(directory.parent / "checkpoints"),
     }
 
 
@@ -204,6 +209,8 @@ def main(directory: Path) -> int:
     warnings.simplefilter("ignore")
     from kfp import components, local
 
+    # The steps are told, too; this process waits for what they have yet to do.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     parameters = yaml.safe_load((directory / "parameters.yaml").read_text(encoding="utf-8"))
     # KFP deletes the directory that it is given as workspace.
     workspace = tempfile.mkdtemp()

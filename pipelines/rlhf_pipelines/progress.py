@@ -14,6 +14,15 @@ BAR = "{desc}  {bar} {n_fmt}/{total_fmt}  {remaining} left  {unit}"
 """The bar takes what room is left: on 80 columns everything is seen, and the time left on fewer, too."""
 
 
+TOLD = {
+    "resumed": "{step:<20}goes on after {done} PPO steps, from {checkpoint}",
+    "checkpoint_damaged": "checkpoint {name} is damaged and passed over: {reason}",
+    "checkpoint_failed": "checkpoint {name} can't be written: {reason}",
+    "warning": "{step:<20}{message}",
+}
+"""Events that are worth a line of their own."""
+
+
 class Progress:
     """Shows events, and remembers what the summary needs: the last of each kind, and the steps that never ended."""
 
@@ -50,6 +59,9 @@ class Progress:
                 self._say(f"{event['step']} …", end="\r")
         elif kind == "progress":
             self._advance(event)
+        elif kind in TOLD:
+            self.close()
+            self._say(TOLD[kind].format(**event))
         elif kind == "step_finished":
             self.close()
             self._say(f"{event['step']:<20}done in {_duration(event['seconds'])}")

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_ppo.config_validation import sources
@@ -77,6 +78,12 @@ def _problems_of_sources(texts: Mapping[str, str]) -> list[str]:
                 f"{revision}={texts[revision]!r} has no effect on {parameter}={value!r}, which is not on the hub: "
                 "leave it empty"
             )
+    head = texts.get("ppo_value_head", "")
+    if head and not Path(head).exists():
+        found.append(
+            f"ppo_value_head={head!r} does not exist (seen from {Path.cwd()}): give a safetensors file or a directory "
+            "that holds a value head, or leave it empty"
+        )
     return found + _problems_of_tracker(texts.get("log_with", ""))
 
 

@@ -10,14 +10,14 @@ import yaml
 from rlhf_ppo.parameters import RunSettings
 
 
-def model_card(settings: RunSettings, evaluation: dict[str, Any], repo_id: str) -> str:
+def model_card(settings: RunSettings, evaluation: dict[str, Any], repo_id: str, encoder_decoder: bool = False) -> str:
     """A card with the results of the evaluation, usage that works when pasted, and where the policy came from.
 
     ``evaluation`` is the content of evaluation.json.
     """
     name = repo_id.split("/")[-1]
     score, length = evaluation["metrics"]["score"], evaluation["metrics"]["response_length"]
-    header = yaml.safe_dump(_header(settings, evaluation, name), sort_keys=False).strip()
+    header = yaml.safe_dump(_header(settings, evaluation, name, encoder_decoder), sort_keys=False).strip()
     base, reward = shown(str(settings.ppo.model_name)), shown(str(settings.ppo.reward_model))
     return f"""---
 {header}
@@ -36,7 +36,7 @@ On {evaluation["prompts"]} held-out prompts. The KL divergence to the reference 
 per response; the responses keep {evaluation["distinct2_ratio"]:.0%} of its distinct word pairs.
 
 ```python
-{_usage(settings, repo_id)}
+{_usage_of_encoder(repo_id) if encoder_decoder else _usage(settings, repo_id)}
 ```
 
 ## Lineage
@@ -52,16 +52,17 @@ def shown(source: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//", source)
 
 
-def _header(settings: RunSettings, evaluation: dict[str, Any], name: str) -> dict[str, Any]:
+def _header(settings: RunSettings, evaluation: dict[str, Any], name: str, encoder_decoder: bool) -> dict[str, Any]:
+    task = "text2text-generation" if encoder_decoder else "text-generation"
     results = {
-        "task": {"type": "text-generation"},
+        "task": {"type": task},
         "dataset": {"name": "held-out prompts", "type": shown(str(settings.ppo.query_dataset))},
         "metrics": [
             {"type": "score", "name": "mean score", "value": evaluation["metrics"]["score"]["policy"]["mean"]},
             {"type": "kl", "name": "KL to the reference, nats", "value": evaluation["kl"]["mean"]},
         ],
     }
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
     if evaluation["lineage"].get("model revision"):  # only what came from the hub has one
         header["base_model"] = str(settings.ppo.model_name)
     return {**header, "tags": ["ppo", "rlhf", "rlhf-ppo"], "model-index": [{"name": name, "results": [results]}]}
@@ -83,6 +84,16 @@ def _usage(settings: RunSettings, repo_id: str) -> str:
         f'generate = pipeline("text-generation", model="{repo_id}")\n'
         f"prompt = {prompt!r}\n"
         f'print(generate(prompt, max_new_tokens=40, do_sample=True)[0]["generated_text"])'
+    )
+
+
+def _usage_of_encoder(repo_id: str) -> str:
+    return (
+        "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n\n"
+        f'model = AutoModelForSeq2SeqLM.from_pretrained("{repo_id}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")\n'
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        "print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40, do_sample=True))[0])"
     )
 
 

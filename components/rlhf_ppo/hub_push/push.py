@@ -57,7 +57,8 @@ def push_to_hub(config: str, policy: Path, evaluation: Path, run_id: str) -> str
     results = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
     files = _files(policy)
     branch = _branch(repo_id, kwargs.get("private", settings.hub.hub_private), kwargs.get("revision", "main"))
-    card = model_card(settings, results, branch.repo_id)
+    model = json.loads((policy / "config.json").read_text(encoding="utf-8"))
+    card = model_card(settings, results, branch.repo_id, bool(model.get("is_encoder_decoder")))
     message = kwargs.get("commit_message") or settings.ppo.exp_name
     revision = _commit_once(branch, files, card, message, run_id)
     emit(

@@ -142,10 +142,10 @@ def _why_not_downloaded(model_name: str, error: Exception) -> str:
 
 
 def _check_config(model_name: str, directory: Path) -> None:
-    """Refuse what is no causal language model of transformers' own, before its weights are touched."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    """Refuse what is no language model of transformers' own, before its weights are touched."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig
 
-    valid = "give a causal language model of an architecture that transformers knows"
+    valid = "give a language model, decoder-only or encoder-decoder, of an architecture that transformers knows"
     if not (directory / "config.json").exists():
         raise InputError(
             f"model_name={model_name!r} has no config.json: give a model in Hugging Face's format, or GGUF"
@@ -162,8 +162,9 @@ def _check_config(model_name: str, directory: Path) -> None:
             f"model_name={model_name!r} has a config.json that can't be read ({error}): {valid}"
         ) from error
     heads = config.architectures or []
-    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"model_name={model_name!r} is a {config.model_type}, no causal language model: {valid}")
+    known: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known:
+        raise InputError(f"model_name={model_name!r} is a {config.model_type}, no language model: {valid}")
     if any("Classification" in head or "QuestionAnswering" in head for head in heads):
         raise InputError(f"model_name={model_name!r} is a {heads[0]}, no language model: {valid}")
 
