@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -18,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 VOCABULARY = 64
@@ -70,6 +74,31 @@ def qwen2(seed: int = 0) -> Qwen2ForCausalLM:
             max_position_embeddings=64, **ENDS,
         )
     ).eval()  # fmt: skip
+
+
+def t5(seed: int = 0) -> T5ForConditionalGeneration:
+    """An encoder-decoder with relative positions, whose decoder's output is scaled before the head."""
+    torch.manual_seed(seed)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=VOCABULARY, **sizes, decoder_start_token_id=0, **ENDS)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def bart(seed: int = 0) -> BartForConditionalGeneration:
+    """An encoder-decoder with learned positions, whose responses start after an end token."""
+    torch.manual_seed(seed)
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        **sizes,
+        **heads,
+        max_position_embeddings=64,
+        decoder_start_token_id=2,
+        **ENDS,
+    )
+    return BartForConditionalGeneration(config).eval()
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

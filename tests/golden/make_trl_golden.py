@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -65,7 +66,12 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
-LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+LORA: dict[str, Any] = {
+    "r": 2,
+    "lora_alpha": 4,
+    "lora_dropout": 0.0,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
 
 # Lengths of query and response of each of the four rows, for two consecutive steps.
 LENGTHS = {
@@ -79,7 +85,8 @@ SETTINGS: dict[str, Any] = {
     "init_kl_coef": 0.2, "target": 1.0, "horizon": 100.0, "gamma": 0.95, "lam": 0.9, "cliprange": 0.1,
     "cliprange_value": 0.05, "vf_coef": 0.3,
 }  # fmt: skip
-# Adam's first step is blind to the gradient's scale, so that clipping shows with plain gradient descent alone.
+# Adam is blind to the gradient's scale, so that clipping, and what accumulation divides by, show with plain gradient
+# descent alone.
 ONE_CLIPPED_STEP = {"max_grad_norm": 0.5, "mini_batch_size": 4, "ppo_epochs": 1, "learning_rate": 0.05}
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -102,6 +109,10 @@ CASES: dict[str, dict[str, Any]] = {
     "clipped_gradient_twice": {"optimizer": "SGD", "settings": ONE_CLIPPED_STEP},
     "early_stopping_never": {"settings": {"early_stopping": True, "target_kl": 1e9, "ppo_epochs": 3}},
     "early_stopping_at_once": {"settings": {"early_stopping": True, "target_kl": 1e-9, "ppo_epochs": 3}},
+    "accumulated_descent": {
+        "optimizer": "SGD",
+        "settings": {"mini_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 0.05},
+    },
 }
 
 
@@ -127,7 +138,7 @@ def make_rollouts() -> dict[str, list[dict[str, Any]]]:
     return {
         name: [
             {"queries": rows(queries), "responses": rows(responses), "scores": list(scores)}
-            for (queries, responses), scores in zip(steps, SCORES)
+            for (queries, responses), scores in zip(steps, SCORES, strict=True)
         ]
         for name, steps in LENGTHS.items()
     }  # fmt: skip
@@ -248,7 +259,7 @@ def one_step(trainer: Any, rollout: dict[str, Any], start: int | None) -> tuple[
 
 def forward_passes(policy: Any, rollout: dict[str, Any], start: int | None) -> dict[str, Tensor]:
     """Log-probabilities, values and masks of TRL's scoring pass, by minibatch size, extra padding and padding side."""
-    found = {}
+    found: dict[str, Tensor] = {}
     queries, responses, _ = rows_of(rollout, start)
     for name, size, extra, side in (
         ("by_1", 1, 0, "right"), ("by_2", 2, 0, "right"), ("by_4", 4, 0, "right"), ("padded", 2, 5, "right"),
@@ -287,7 +298,23 @@ def saved_head(policy: Any) -> tuple[list[str], dict[str, Tensor]]:
     return sorted(weights), {name: value for name, value in weights.items() if name.startswith("v_head.")}
 
 
+def play(case: dict[str, Any], policy: Any, reference: Any, seed: int, rollouts: list[dict[str, Any]]) -> Any:
+    """All steps of a case: the case with TRL's numbers, and what goes into the safetensors."""
+    trainer = make_trainer(case, policy, reference, seed)
+    start = MODELS[case["model"]]["config"].get("decoder_start_token_id")
+    steps: list[dict[str, Any]] = []
+    found: dict[str, Tensor] = {}
+    for number in range(case["steps"]):
+        numbers, arrays = one_step(trainer, rollouts[number], start)
+        steps.append(numbers)
+        found |= {f"step{number}/{name}": value for name, value in arrays.items()}
+    found |= {f"after/{name}": value for name, value in trained(policy).items()}
+    return {**case, "settings": {**SETTINGS, **case.get("settings", {})}, "steps": steps}, found
+
+
 def main() -> None:
+    """Play all cases and write both files."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     models, rollouts = make_models(), make_rollouts()
     tensors: dict[str, Tensor] = {}
@@ -306,26 +333,24 @@ def main() -> None:
     cases = {}
     for seed, (name, given) in enumerate(CASES.items()):
         case = {"model": "gpt2", "rollout": "ragged", "steps": 2, "lora": False, **given}
-        policy, reference = copy.deepcopy(models[case["model"]])
-        if case["lora"]:
-            policy, reference = copy.deepcopy(adapted), None
-        trainer = make_trainer(case, policy, reference, seed)
-        start = MODELS[case["model"]]["config"].get("decoder_start_token_id")
-        results = []
-        for number in range(case["steps"]):
-            numbers, arrays = one_step(trainer, rollouts[case["rollout"]][number], start)
-            results.append(numbers)
-            put(f"{name}/step{number}", arrays)
-        put(f"{name}/after", trained(policy))
-        cases[name] = {**case, "settings": {**SETTINGS, **case.get("settings", {})}, "steps": results}
+        policy, reference = copy.deepcopy((adapted, None) if case["lora"] else models[case["model"]])
+        cases[name], found = play(case, policy, reference, seed, rollouts[case["rollout"]])
+        put(name, found)
     names, head = saved_head(models["gpt2"][0])
     put("saved", head)
     versions = {package.__name__: package.__version__ for package in (trl, torch, transformers, accelerate, peft)}
-    save_file(tensors, str(HERE / "trl_0_11_4.safetensors"))
     content = {
         "versions": versions, "models": MODELS, "lora": LORA, "rollouts": rollouts, "cases": cases, "saved": names
     }  # fmt: skip
-    (HERE / "trl_0_11_4.json").write_text(json.dumps(content, indent=1) + "\n")
+    write(content, tensors)
+
+
+def write(content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Both files; lists of numbers on one line each."""
+    save_file(tensors, str(HERE / "trl_0_11_4.safetensors"))
+    (HERE / "trl_0_11_4.safetensors").chmod(0o644)
+    text = re.sub(r"\[[-+.\de,\s]+\]", lambda found: " ".join(found[0].split()), json.dumps(content, indent=1))
+    (HERE / "trl_0_11_4.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -245,11 +245,11 @@ def shared_reference(policy: nn.Module, layers: int) -> nn.Module:
     shared: list[nn.Parameter] = []
     if layers:
         if decoder_start(policy) is not None:
-            raise InputError(f"model_shared_layers={layers}: an encoder-decoder model shares no layers, set 0")
+            raise InputError(f"ppo_shared_layers={layers}: an encoder-decoder model shares no layers, set 0")
         stack = _layers(policy)
         if layers >= len(stack):
             raise InputError(
-                f"model_shared_layers={layers} is too many: of the model's {len(stack)} layers one must train"
+                f"ppo_shared_layers={layers} is too many: of the model's {len(stack)} layers one must train"
             )
         modules = [policy.get_input_embeddings(), *stack[:layers]]  # type: ignore[operator]
         positions = [m for name, m in policy.named_modules() if name.split(".")[-1] in ("wpe", "embed_positions")]
