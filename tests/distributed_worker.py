@@ -42,6 +42,7 @@ def run(case: dict[str, Any], out: Path) -> None:
     made, reference = policy(case)
     trainer = PPOTrainer(config, made, reference, word_tokenizer(), sampling=Sampling(8, eos_token_ids=(2,)))
     assert trainer.config.world_size == world and trainer.config.global_batch_size == 8
+    trainer.lr_scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1, 0.5)
     reports: list[StepReport] = []
     prompts = [Prompt(f"prompt {row}", query) for row, query in enumerate(queries(*[3, 4, 5, 6] * 5))]
     if case.get("spoil"):

@@ -74,8 +74,13 @@ def test_one_process_and_two_give_the_same_weights_and_every_rank_the_same_figur
         assert a["responses"] + b["responses"] == one["responses"]
         assert a["scores"] + b["scores"] == one["scores"]
         for figure, value in one["stats"].items():
-            if figure != "ppo/learning_rate":
+            if figure == "ppo/learning_rate":
+                # accelerate advances a scheduler once for each process: TRL's rate falls twice as fast on two.
+                assert a["stats"][figure] == value
+            else:
                 assert a["stats"][figure] == pytest.approx(value, abs=2e-4, rel=2e-4), figure
+    assert [line["stats"]["ppo/learning_rate"] for line in left["lines"]] == [1e-3, 5e-4, 2.5e-4]
     last = whole["lines"][-1]["stats"]
     assert (last["ppo/policy/skipped_minibatches"] > 0) == (name == "skipped minibatches")
-    assert (last["ppo/policy/minibatches"] < 12) if name == "early stopping" else True
+    if name == "early stopping":
+        assert whole["lines"][0]["stats"]["ppo/policy/minibatches"] < 12

@@ -17,6 +17,7 @@ from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, generation, train
 from rlhf_ppo.ppo.experience import Update
 from rlhf_ppo.ppo.generation import Generated, draw
+from rlhf_ppo.ppo.loop import batch_rows
 from rlhf_ppo.ppo.models import Sequences, decoder_start, response_logits
 from rlhf_ppo.ppo.rollout import Rollout, batches_by_length, response_logprobs, score_with_policy
 from rlhf_ppo.ppo.statistics import Clock
@@ -109,7 +110,7 @@ def test_a_response_ends_with_the_first_end_token_and_rows_that_leave_disturb_no
         torch.testing.assert_close(logprobs, again, atol=1e-5, rtol=1e-5)
 
 
-def test_an_end_token_inside_the_prompt_ends_nothing() -> None:
+def test_an_end_token_inside_the_prompt_ends_nothing_unlike_trl() -> None:
     query = torch.tensor([5, 2, 7])
     found = sample(llama(), [query], Sampling(6))
     assert len(found.responses[0]) == 6
@@ -132,7 +133,7 @@ def test_top_k_and_top_p_restrict_what_is_drawn() -> None:
     assert greedy.responses[0].tolist() == [int(order[0])]
 
 
-def test_rollouts_have_no_dropout_and_leave_the_mode_as_it_was() -> None:
+def test_rollouts_have_no_dropout_and_leave_the_mode_as_it_was_unlike_trl() -> None:
     model = gpt2(dropout=0.5).train()
     asked = queries(3, 4)
     first, second = (sample(model, asked, Sampling(6, do_sample=False)).logprobs for _ in range(2))
@@ -164,7 +165,7 @@ def test_fixed_shapes_give_the_same_numbers() -> None:
     assert largest_difference(results[0][1], results[1][1]) < 1e-5
 
 
-def test_what_does_not_fit_the_fixed_shapes_is_refused_rather_than_cropped() -> None:
+def test_what_does_not_fit_the_fixed_shapes_is_refused_rather_than_cropped_unlike_intel() -> None:
     trained = trainer(pad_for_acceleration=True, pad_max_input_len=4, pad_max_len=10)
     with pytest.raises(InputError, match="pad_max_input_len=4"):
         trained.rollout(queries(5))
@@ -372,6 +373,22 @@ def test_training_raises_the_score_and_the_kl() -> None:
     assert len(reports) == 30
     assert reports[-1]["env/reward_mean"] > reports[0]["env/reward_mean"] + 0.2
     assert abs(reports[0]["objective/kl"]) < 1e-3 < reports[-1]["objective/kl"]
+
+
+def test_the_last_batch_of_a_pass_accumulates_like_any_other_unlike_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate ends accumulation on a DataLoader's last batch, and TRL then steps once for every minibatch."""
+    trained, taken = trainer(mini_batch_size=2, gradient_accumulation_steps=2, steps=24), []
+    step = trained.optimizer.step
+    monkeypatch.setattr(trained.optimizer, "step", lambda: (taken.append(trained.steps_done), step()))
+    train(trained, prompts(8), wants_high_tokens)
+    assert taken == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_every_pass_over_the_prompts_has_its_own_order_and_uses_each_once() -> None:
+    trained = trainer()
+    passes = [[row for step in steps for row in batch_rows(trained, 17, step)] for steps in ((0, 1), (2, 3), (4, 5))]
+    assert all(len(set(rows)) == 16 and set(rows) <= set(range(17)) for rows in passes)
+    assert passes[0] != passes[1] != passes[2]
 
 
 def test_too_few_prompts_are_refused_before_anything_is_sampled() -> None:
