@@ -151,3 +151,10 @@ def test_the_table_has_a_row_for_each_parameter_and_run_time_field() -> None:
     rows = re.findall(r"(?m)^\| `(\w+)` \|", generate.table())
     assert rows == [*PARAMETERS, *(name for name, _ in runtime_fields_of(PPOConfig))]
     assert "| `max_grad_norm` | float | `0.0` | Clip the gradient's global norm" in generate.table()
+
+
+def test_every_test_that_the_documents_name_is_there() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = [name for page in (ROOT / "docs").glob("*.md") for name in re.findall(r"`(test_\w+)`", page.read_text())]
+    assert len(named) > 15
+    assert [name for name in named if f"def {name}(" not in tests] == []

@@ -82,7 +82,7 @@ def test_a_rollouts_logprobs_and_values_are_those_of_a_second_pass(architecture:
     asked = queries(3, 5, 4, 6, 2, 7, 3, 5)
     model = architecture()
     trained = trainer(model, model)
-    first = trained.rollout(asked)
+    first = trained.rollout(asked, Sampling(12, eos_token_ids=tuple(range(2, 9))))
     second = score_with_policy(trained.policy, asked, first.responses)
     for name in ("logprobs", "values"):
         for row, again in zip(getattr(first, name), getattr(second, name), strict=True):

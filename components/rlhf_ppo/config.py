@@ -87,7 +87,12 @@ class PPOConfig(Checked):
         choices=KL_PENALTIES,
     )
     target: float = declare(6.0, "KL that the adaptive coefficient aims at.", unit="nats per response", above=0)
-    horizon: float = declare(10000.0, "Time constant of the adaptive coefficient.", unit="samples", above=0)
+    horizon: float = declare(
+        10000.0,
+        "Time constant of the adaptive coefficient: a PPO step changes it by at most 0.2 * samples / horizon.",
+        unit="samples",
+        above=0,
+    )
     gamma: float = declare(1.0, "Discount of rewards per token.", minimum=0, maximum=1)
     lam: float = declare(0.95, "Lambda of generalised advantage estimation.", minimum=0, maximum=1)
     cliprange: float = declare(0.2, "The probability ratio is clipped to 1 - cliprange .. 1 + cliprange.", above=0)
@@ -96,14 +101,19 @@ class PPOConfig(Checked):
     )
     vf_coef: float = declare(0.1, "Weight of the value loss in the total loss.", minimum=0)
     batch_size: int = declare(256, "Samples of one PPO step, per process.", unit="samples", minimum=1)
-    gradient_accumulation_steps: int = declare(1, "Minibatches averaged into one optimizer step.", minimum=1)
-    mini_batch_size: int = declare(1, "Samples in one forward and backward pass.", unit="samples", minimum=1)
+    gradient_accumulation_steps: int = declare(
+        1, "Minibatches whose gradients are averaged into one optimizer step.", minimum=1
+    )
+    mini_batch_size: int = declare(
+        1, "Samples in one forward and backward pass, per process.", unit="samples", minimum=1
+    )
     ppo_epochs: int = declare(4, "Passes over each batch of rollouts.", minimum=1)
     max_grad_norm: float | None = declare(
         None, "Clip the gradient's global norm to this, on every optimizer step; off by default.", above=0
     )
     early_stopping: bool = declare(
-        False, "End the passes over a batch once the KL between old and new policy exceeds 1.5 * target_kl."
+        False,
+        "End the passes over a batch once a pass' mean KL (k3) between old and new policy exceeds 1.5 * target_kl.",
     )
     target_kl: float = declare(1.0, "KL per token for early_stopping.", unit="nats per token", above=0)
     compare_steps: int = declare(
@@ -115,12 +125,17 @@ class PPOConfig(Checked):
     ratio_threshold: float = declare(
         10.0, "Skip a minibatch whose mean probability ratio exceeds this: it contributes no gradient.", above=1
     )
-    use_score_scaling: bool = declare(False, "Divide scores by their running standard deviation.")
+    use_score_scaling: bool = declare(
+        False, "Divide scores by the standard deviation of all scores so far, those of the batch included."
+    )
     use_score_norm: bool = declare(False, "With use_score_scaling: subtract the running mean first.")
     score_clip: float | None = declare(
         None, "Clip scores, after scaling, to -score_clip .. score_clip; off by default.", above=0
     )
-    whiten_rewards: bool = declare(False, "Scale the rewards per token to variance 1 before advantages are computed.")
+    whiten_rewards: bool = declare(
+        False,
+        "Scale the rewards per token, KL penalty included, to variance 1 around their mean before advantages.",
+    )
     # Devices
     optimize_device_cache: bool = declare(False, "Return unused accelerator memory after each PPO step.")
     use_habana: bool = declare(False, "Run on Gaudi (HPU); an error where there is none.")
