@@ -16,7 +16,12 @@ from distributed_worker import policy
 
 HERE = Path(__file__).parent
 WORKER = str(HERE / "distributed_worker.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+    "CUDA_VISIBLE_DEVICES": "",
+}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything on": {

@@ -79,7 +79,7 @@ def ppo_loss(
         }
         stats = means | _means(squares, mask, tokens - 1, reduce)
         stats["ppo/loss/total"] = stats["ppo/loss/policy"] + vf_coef * stats["ppo/loss/value"]
-        skip = ~(stats["ppo/policy/ratio_mean"] <= ratio_threshold) | ~torch.isfinite(stats["ppo/loss/total"])
+        skip = (stats["ppo/policy/ratio_mean"] > ratio_threshold) | ~torch.isfinite(stats["ppo/loss/total"])
     total = masked_sum(policy_losses + vf_coef * 0.5 * value_losses, mask) / tokens.clamp(min=1)
     return MinibatchLoss(total, skip, stats)
 

@@ -254,9 +254,7 @@ def shared_reference(policy: nn.Module, layers: int) -> nn.Module:
         modules = [policy.get_input_embeddings(), *stack[:layers]]  # type: ignore[operator]
         positions = [m for name, m in policy.named_modules() if name.split(".")[-1] in ("wpe", "embed_positions")]
         shared = [parameter for module in (*modules, *positions) for parameter in module.parameters()]
-    for parameter in shared:
-        parameter.requires_grad_(False)
-    # What the copy finds in the memo it takes as it is.
+    # What the copy finds in the memo it takes as it is, and so freezes it in both.
     reference = copy.deepcopy(policy, {id(parameter): parameter for parameter in shared})
     return reference.eval().requires_grad_(False)
 
