@@ -124,6 +124,8 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         ("reward_model", "broken_reward:score", "can't be imported (ZeroDivisionError"),
         ("reward_model", "own_reward:score", "has no score"),
         ("reward_model", "own_reward:number", "is 3: give a function"),
+        ("reward_model", "https:///score", "names no server"),
+        ("ppo_value_head", "heads/none", "does not exist"),
     ],
 )
 def test_a_source_that_is_not_there_is_named_with_what_would_be_valid(parameter: str, value: str, words: str) -> None:
@@ -167,6 +169,27 @@ def test_whatever_may_move_on_the_hub_becomes_a_commit(hub: type[Hub]) -> None:
     assert settings.model.model_revision == COMMITS["v1"]
     assert settings.data.data_revision == settings.reward.reward_revision == COMMITS["main"]
     assert cache_keys(config) == (COMMITS["v1"], "", COMMITS["main"], "")
+
+
+def test_the_parts_of_a_sum_are_looked_at_and_pinned_like_the_reward_itself(hub: type[Hub]) -> None:
+    weights = {"own_reward:length": 0.5, "me/thing": 1.0, "me/thing@v1": 2.0, "https://rewards.mine/score": 3.0}
+    settings = RunSettings.from_json(validate_config(given(reward_sum=weights)))
+    assert settings.reward.reward_sum == {
+        "own_reward:length": 0.5,
+        f"me/thing@{COMMITS['main']}": 1.0,
+        f"me/thing@{COMMITS['v1']}": 2.0,
+        "https://rewards.mine/score": 3.0,
+    }
+    (wrong,) = problems(reward_sum={"own_reward:width": 1.0})
+    assert wrong.startswith("reward_sum has 'own_reward:width', which is not there")
+    (unknown,) = problems(reward_sum={"me/else": 1.0})
+    assert "me/else" in unknown and unknown.startswith("reward_sum=")
+
+
+def test_a_password_in_the_address_of_a_reward_is_refused_and_not_repeated() -> None:
+    for changes in ({"reward_model": "https://me:pw7@host/x"}, {"reward_sum": {"https://me:pw7@host/x": 1.0}}):
+        (problem,) = problems(**changes)
+        assert "RLHF_PPO_REWARD_TOKEN" in problem and "pw7" not in problem
 
 
 def test_a_commit_is_not_asked_for(hub: type[Hub]) -> None:

@@ -106,6 +106,7 @@ def test_a_response_ends_with_the_first_end_token_and_rows_that_leave_disturb_no
     assert any(len(response) < 12 for response in found.responses)
     for query, response, logprobs in zip(asked, found.responses, found.logprobs, strict=True):
         assert not set(response[:-1].tolist()) & set(ends)
+        assert len(response) == 12 or int(response[-1]) in ends
         again = response_logprobs(llama(), [query], [response])[0]
         torch.testing.assert_close(logprobs, again, atol=1e-5, rtol=1e-5)
 
@@ -129,6 +130,9 @@ def test_top_k_and_top_p_restrict_what_is_drawn() -> None:
     for sampling in (Sampling(1, top_k=3), Sampling(1, top_p=0.05)):
         drawn = sample(model, [query] * 200, sampling, batch_size=200)
         assert set(torch.cat(drawn.responses).tolist()) <= set(order[:3].tolist())
+    # The smallest number that can be drawn: nothing that is left out comes before it.
+    lowest = generation.sample(model, [query], Sampling(1, top_k=1), torch.zeros(1, 1, dtype=torch.float64))
+    assert lowest.responses[0].tolist() == [int(order[0])]
     greedy = sample(model, [query], Sampling(1, do_sample=False))
     assert greedy.responses[0].tolist() == [int(order[0])]
 
@@ -201,11 +205,12 @@ def test_gradients_are_clipped_on_every_step_unlike_trl(monkeypatch: pytest.Monk
     assert all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
 
 
-def test_a_skipped_minibatch_moves_nothing_unlike_trl() -> None:
+def test_a_skipped_minibatch_moves_nothing_unlike_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = trainer()
     rollout = trained.rollout(queries(*[4] * 8))
     trained.update(rollout, [1.0] * 8)  # Adam now has momentum, with which TRL's skipped steps still move
     before = weights(trained)
+    monkeypatch.setattr(trained.optimizer, "step", lambda: pytest.fail("an optimizer step without a gradient"))
     bad = copy.copy(rollout)
     object.__setattr__(bad, "logprobs", [row - 50 for row in rollout.logprobs])
     stats = trained.update(bad, [1.0] * 8)
@@ -283,6 +288,31 @@ def test_early_stopping_ends_after_the_pass_that_went_too_far() -> None:
         trained = trainer(early_stopping=True, target_kl=target_kl, ppo_epochs=4)
         stats = trained.update(trained.rollout(queries(*[4] * 8)), [float(row) for row in range(8)])
         assert stats["ppo/policy/minibatches"] == minibatches
+
+
+def test_early_stopping_takes_the_mean_of_the_pass_times_one_and_a_half() -> None:
+    def passes(target_kl: float, early: bool = True) -> tuple[int, Tensor]:
+        trained = trainer(early_stopping=early, target_kl=target_kl, ppo_epochs=2, mini_batch_size=2)
+        trained.update(trained.rollout(queries(*[4] * 8)), [float(row) for row in range(8)])
+        update = trained.last_update
+        assert update is not None
+        kl = torch.stack([stats[update.names.index("ppo/policy/kl3")] for stats in update.seen[:4]])
+        return len(update.seen) // 4, kl
+
+    _, kl = passes(1.0, early=False)
+    assert abs(float(kl.mean() - kl[-1])) > 0.2 * float(kl.mean()), "the last minibatch alone would tell another story"
+    for share, expected in ((0.99, 1), (1.01, 2)):
+        assert passes(share * float(kl.mean()) / 1.5)[0] == expected
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied() -> None:
+    trained = trainer()
+    rollout = trained.rollout(queries(*[4] * 8))
+    trained.update(rollout, [1.0] * 8)
+    before = weights(trained)
+    trained.policy.v_head.summary.weight.register_hook(lambda gradient: gradient / 0)
+    stats = trained.update(rollout, [1.0] * 8)
+    assert not math.isfinite(stats["ppo/grad_norm"]) and largest_difference(before, weights(trained)) == 0
 
 
 def test_empty_responses_are_allowed_unlike_trl() -> None:

@@ -10,9 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.ppo.rewards import load_reward, score
+from rlhf_ppo.ppo.rewards import load_reward, score, totals
 from rlhf_ppo.settings import RewardSettings, is_callable_name
 from tiny_models import VOCABULARY, word_tokenizer
+
+IDS = [[5], [6, 7]]
 
 
 def classifier(directory: Path, labels: int) -> LlamaForSequenceClassification:
@@ -37,7 +39,7 @@ def test_a_model_scores_each_text_as_if_it_stood_alone(tmp_path: Path, labels: i
     for prompt, response in zip(prompts, responses, strict=True):
         ids = word_tokenizer()(prompt + response, return_tensors="pt").input_ids
         expected.append(model(input_ids=ids).logits[0, -1].item())
-    assert score(reward, prompts, responses) == pytest.approx(expected, abs=1e-5)
+    assert score(reward, prompts, responses, IDS) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_long_text_loses_its_beginning_not_its_end(tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_a_function_is_imported_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     reward = load_reward("reward_of_a_user:by_length", RewardSettings())
-    assert score(reward, ["a", "b"], ["xx", "yyy"]) == [2.0, 3.0]
+    assert score(reward, ["a", "b"], ["xx", "yyy"], IDS) == [2.0, 3.0]
     with pytest.raises(InputError, match="has no function by_width"):
         load_reward("reward_of_a_user:by_width", RewardSettings())
     with pytest.raises(InputError, match="reward_model='no_such_module:f' can't be imported"):
@@ -84,8 +86,56 @@ def test_a_name_with_a_function_is_told_from_a_model() -> None:
 )
 def test_what_is_not_one_finite_number_each_is_refused(returned: object, words: str) -> None:
     with pytest.raises(InputError, match=f"reward_model returned.*{words}"):
-        score(lambda prompts, responses: returned, ["a", "b"], ["c", "d"])  # type: ignore[arg-type,return-value]
+        score(lambda prompts, responses: returned, ["a", "b"], ["c", "d"], IDS)  # type: ignore[arg-type,return-value]
 
 
 def test_tensors_are_numbers_too() -> None:
-    assert score(lambda p, r: torch.tensor([1.0, 2.0]), ["a", "b"], ["c", "d"]) == [1.0, 2.0]  # type: ignore[arg-type,return-value]
+    assert score(lambda p, r: torch.tensor([1.0, 2.0]), ["a", "b"], ["c", "d"], IDS) == [1.0, 2.0]  # type: ignore[arg-type,return-value]
+
+
+def two_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parts_of_a_user.py").write_text(
+        "def long(prompts, responses):\n    return [float(len(text)) for text in responses]\n"
+        "def tokens(prompts, responses, response_ids):\n"
+        "    return [[float(token) for token in ids] for ids in response_ids]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_scores_by_token_have_one_number_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_parts(tmp_path, monkeypatch)
+    reward = load_reward("parts_of_a_user:tokens", RewardSettings())
+    assert score(reward, ["a", "b"], ["xx", "yyy"], IDS) == [[5.0], [6.0, 7.0]]
+    assert totals([[5.0], [6.0, 7.0], 2.0]) == [5.0, 13.0, 2.0]
+    with pytest.raises(InputError, match="response 1 .*1 numbers for 2 tokens"):
+        score(lambda p, r: [1.0, [2.0]], ["a", "b"], ["c", "d"], IDS)
+    with pytest.raises(InputError, match="response 1 .*must be finite"):
+        score(lambda p, r: [1.0, [2.0, math.nan]], ["a", "b"], ["c", "d"], IDS)
+
+
+def test_a_weighted_sum_adds_its_parts_and_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_parts(tmp_path, monkeypatch)
+    classifier(tmp_path / "model", 1)
+    long, model = "parts_of_a_user:long", str(tmp_path / "model")
+    alone = score(load_reward(model, RewardSettings()), ["w3", "w4"], ["w5", "w6 w7"], IDS)
+    for weights, expected in (
+        ({model: 0.5}, [2 + 0.5 * alone[0], 5 + 0.5 * alone[1]]),  # type: ignore[operator]
+        ({model: -2.0, long: 3.0}, [6 - 2 * alone[0], 15 - 2 * alone[1]]),  # type: ignore[operator]
+    ):
+        reward = load_reward(long, RewardSettings(reward_sum=weights))
+        assert score(reward, ["w3", "w4"], ["w5", "w6 w7"], IDS) == pytest.approx(expected, abs=1e-5)
+        assert reward.parts == {long: 3.5, model: pytest.approx(sum(alone) / 2)}  # type: ignore[attr-defined]
+
+
+def test_a_number_for_the_response_is_added_on_the_last_token_of_a_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_parts(tmp_path, monkeypatch)
+    reward = load_reward("parts_of_a_user:long", RewardSettings(reward_sum={"parts_of_a_user:tokens": 2.0}))
+    assert score(reward, ["a", "b", "c"], ["xx", "yyy", ""], [*IDS, []]) == [[12.0], [12.0, 17.0], 0.0]
+
+
+@pytest.mark.parametrize("weight", [0, math.inf, "2", True, None])
+def test_a_weight_that_is_no_finite_number_other_than_zero_is_refused(weight: object) -> None:
+    with pytest.raises(InputError, match="reward_sum has the weight"):
+        RewardSettings(reward_sum={"a.b:c": weight})

@@ -48,8 +48,8 @@ class PPOConfig(Checked):
     )
     reward_model: str | None = declare(
         None,
-        "The reward: a sequence-classification model (hub id or directory), or package.module:function, "
-        "a callable that maps (prompts, responses) to one float each.",
+        "The reward: a sequence-classification model (hub id or directory), package.module:function, a callable that "
+        "maps (prompts, responses) to one float each, or the http(s) address of a server that does.",
     )
     remove_unused_columns: bool = declare(
         True, "Drop the dataset's columns other than the prompt; false keeps them in the prepared data."

@@ -57,19 +57,22 @@ class RunSettings:
         for name, what in (
             ("model_name", "a hub id, a directory or a GGUF file"),
             ("query_dataset", "a hub id, a file, a directory or a URL"),
-            ("reward_model", "a hub id, a directory, or package.module:function"),
+            ("reward_model", "a hub id, a directory, package.module:function, or an http(s) address"),
         ):
             if not getattr(self.ppo, name):
                 found.append(f"{name} is not set: give {what}")
         for name, value in (
             ("mlflow_tracking_uri", self.tracking.mlflow_tracking_uri),
             ("query_dataset", self.ppo.query_dataset or ""),
+            ("reward_model", self.ppo.reward_model or ""),
+            *(("reward_sum", name) for name in self.reward.reward_sum),
         ):
             # The value is not repeated: parameters, logs and errors are public.
             if re.search(r"://[^/\s]*@", value):
                 found.append(
                     f"{name} holds a password, and parameters are public: leave it out and set the store's own "
-                    "environment variables (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for MLflow)"
+                    "environment variables (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for MLflow, "
+                    "RLHF_PPO_REWARD_TOKEN for a reward)"
                 )
         best = self.ppo.push_to_hub_if_best_kwargs.get("repo_id")
         if best and self.hub.hub_repo_id not in ("", best):

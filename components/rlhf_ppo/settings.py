@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from rlhf_ppo.config import KL_PENALTIES
 from rlhf_ppo.fields import Checked, declare
@@ -67,11 +70,46 @@ class RewardSettings(Checked):
         unit="tokens",
         minimum=1,
     )
+    reward_sum: dict[str, Any] = declare(
+        {},
+        "More rewards and their weights, added to reward_model's score, whose own weight is 1 unless it is named here, "
+        'too; e.g. {"my_rewards:length": -0.01, "org/model@revision": 0.5}.',
+    )
+    reward_deadline_seconds: float = declare(
+        120.0,
+        "Longest time for an endpoint to score reward_batch_size texts, all tries together.",
+        unit="seconds",
+        above=0,
+    )
+
+    def relations(self) -> list[str]:
+        """The problems of the weights."""
+        return [
+            f"reward_sum has the weight {weight!r} for {name!r}: give a finite number other than 0"
+            for name, weight in self.reward_sum.items()
+            if isinstance(weight, bool)
+            or not isinstance(weight, (int, float))
+            or not math.isfinite(weight)
+            or weight == 0
+        ]
 
 
 def is_callable_name(reward_model: str) -> bool:
     """Whether ``reward_model`` names a function as package.module:function."""
     return _CALLABLE.fullmatch(reward_model) is not None
+
+
+def is_endpoint(reward_model: str) -> bool:
+    """Whether ``reward_model`` is the address of a server."""
+    return reward_model.startswith(("http://", "https://"))
+
+
+def split_revision(name: str) -> tuple[str, str]:
+    """The model and the revision, or an empty text, in ``model@revision``; a path that exists has none."""
+    if Path(name).exists():
+        return name, ""
+    model, _, revision = name.partition("@")
+    return model, revision
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ def validate_config(
     reward_revision: str = "",
     reward_batch_size: int = 16,
     reward_max_tokens: int = 512,
+    reward_sum: dict = {},  # noqa: B006
+    reward_deadline_seconds: float = 120.0,
     rollout_max_new_tokens: int = 64,
     rollout_temperature: float = 1.0,
     rollout_batch_size: int = 64,

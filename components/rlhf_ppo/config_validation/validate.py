@@ -10,13 +10,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from rlhf_ppo.config_validation import sources
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.hub_push.kwargs import kwargs_problems
 from rlhf_ppo.parameters import RunSettings, decode
-from rlhf_ppo.settings import is_callable_name
+from rlhf_ppo.settings import is_callable_name, is_endpoint, split_revision
 
 
 class CacheKeys(NamedTuple):
@@ -39,6 +40,7 @@ def validate_config(parameters: Mapping[str, Any]) -> str:
     except InputError as error:
         problems = error.problems
     problems += _problems_of_sources({name: value for name, value in parameters.items() if isinstance(value, str)})
+    problems += _problems_of_sum(parameters.get("reward_sum"))
     kwargs = parameters.get("push_to_hub_if_best_kwargs")
     problems += kwargs_problems(kwargs) if isinstance(kwargs, dict) else []
     if problems:
@@ -73,7 +75,7 @@ def _problems_of_sources(texts: Mapping[str, str]) -> list[str]:
         problem = check(value)
         if problem:
             found.append(f"{parameter}={value!r} {problem}")
-        elif texts.get(revision) and (is_callable_name(value) or sources.kind(value) != "hub"):
+        elif texts.get(revision) and not _on_hub(value):
             found.append(
                 f"{revision}={texts[revision]!r} has no effect on {parameter}={value!r}, which is not on the hub: "
                 "leave it empty"
@@ -87,7 +89,23 @@ def _problems_of_sources(texts: Mapping[str, str]) -> list[str]:
     return found + _problems_of_tracker(texts.get("log_with", ""))
 
 
+def _on_hub(name: str) -> bool:
+    return not is_callable_name(name) and sources.kind(name) == "hub"
+
+
+def _problems_of_sum(weights: Any) -> list[str]:
+    """A sentence for each name in reward_sum behind which there is nothing."""
+    found = []
+    for name in weights if isinstance(weights, dict) else ():
+        problem = _problem_of_reward(split_revision(name)[0])
+        if problem:
+            found.append(f"reward_sum has {name!r}, which {problem}")
+    return found
+
+
 def _problem_of_reward(value: str) -> str | None:
+    if is_endpoint(value):
+        return None if urlsplit(value).hostname else "names no server: give an address like https://host/path"
     return _problem_of_callable(value) if is_callable_name(value) else sources.problem_of_classifier(value)
 
 
@@ -127,7 +145,7 @@ def _pinned(settings: RunSettings) -> RunSettings:
         ("reward", "reward_model", "reward_revision", "model"),
     ):
         name, values = getattr(settings.ppo, parameter), getattr(settings, group)
-        if is_callable_name(name) or sources.kind(name) != "hub":
+        if not _on_hub(name):
             continue
         try:
             commit = sources.commit_of(parameter, name, revision, getattr(values, revision), kind)
@@ -137,6 +155,20 @@ def _pinned(settings: RunSettings) -> RunSettings:
         if commit != getattr(values, revision):
             emit("pinned", parameter=revision, source=name, value=commit)
             groups[group] = dataclasses.replace(values, **{revision: commit})
+    try:
+        reward = groups.get("reward", settings.reward)
+        weights = {_pinned_name(n, settings.ppo.reward_model): w for n, w in reward.reward_sum.items()}
+        groups["reward"] = dataclasses.replace(reward, reward_sum=weights)
+    except InputError as error:
+        problems += error.problems
     if problems:
         raise InputError(problems)
     return dataclasses.replace(settings, **groups)
+
+
+def _pinned_name(name: str, reward_model: str | None) -> str:
+    """``name`` of reward_sum with a commit, where it is on the hub and is not reward_model itself."""
+    model, revision = split_revision(name)
+    if name == reward_model or is_callable_name(name) or sources.kind(model) != "hub":
+        return name
+    return f"{model}@{sources.commit_of('reward_sum', model, 'reward_sum', revision, 'model')}".rstrip("@")

@@ -21,7 +21,7 @@ from rlhf_ppo.policy_evaluation.statistics import Samples, compare, kl_estimates
 from rlhf_ppo.ppo import Prompt, Sampling
 from rlhf_ppo.ppo.generation import Generated, draw, sample
 from rlhf_ppo.ppo.models import load_model
-from rlhf_ppo.ppo.rewards import Reward, load_reward, score
+from rlhf_ppo.ppo.rewards import Reward, load_reward, score, totals
 from rlhf_ppo.ppo.rollout import response_logprobs
 from rlhf_ppo.ppo_training.train import read_prompts
 from rlhf_ppo.tracking import Tracker
@@ -135,7 +135,9 @@ def _samples(
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generated.responses]
     return Samples(
         texts,
-        score(reward, [prompt.text for prompt in prompts], texts),
+        totals(
+            score(reward, [prompt.text for prompt in prompts], texts, [ids.tolist() for ids in generated.responses])
+        ),
         [len(ids) for ids in generated.responses],
         [len(ids) > 0 and int(ids[-1]) in ends for ids in generated.responses],
     )

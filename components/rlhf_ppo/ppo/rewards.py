@@ -1,27 +1,70 @@
-"""Where scores come from: a sequence-classification model, or the user's own function."""
+"""Where scores come from: a model, the user's own function, an endpoint, or a weighted sum of these."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from rlhf_ppo.errors import InputError
+from rlhf_ppo.ppo.reward_endpoint import RewardEndpoint
 from rlhf_ppo.ppo.rollout import batches_by_length
-from rlhf_ppo.settings import RewardSettings, is_callable_name
+from rlhf_ppo.settings import RewardSettings, is_callable_name, is_endpoint, split_revision
 
-Reward = Callable[[list[str], list[str]], Sequence[float]]
-"""Maps prompts and responses, equally many, to one score each; higher is better."""
+Score = float | list[float]
+"""What a response earned: one number, or one for each of its tokens."""
+Reward = Callable[..., Sequence[Any]]
+"""Maps prompts and responses, equally many texts, to one ``Score`` each; higher is better.
+
+One with a parameter ``response_ids`` is also given the token ids of each response, and may score every token.
+"""
 
 
 def load_reward(reward_model: str, settings: RewardSettings, device: str = "cpu") -> Reward:
-    """The reward that ``reward_model`` names. Raises InputError where there is none."""
-    return (
-        load_callable(reward_model) if is_callable_name(reward_model) else RewardModel(reward_model, settings, device)
-    )
+    """The reward that ``reward_model`` names, and what reward_sum adds. Raises InputError where there is none."""
+    weights = {reward_model: 1.0, **{name: float(weight) for name, weight in settings.reward_sum.items()}}
+    parts: dict[str, Reward] = {}
+    for name in weights:
+        if is_endpoint(name):
+            parts[name] = RewardEndpoint(name, settings)
+        elif is_callable_name(name):
+            parts[name] = load_callable(name)
+        else:
+            model, revision = split_revision(name)
+            own = settings.reward_revision if name == reward_model else revision
+            parts[name] = RewardModel(model, own, settings, device)
+    return parts[reward_model] if not settings.reward_sum else RewardSum(parts, weights)
+
+
+class RewardSum:
+    """A weighted sum of rewards; ``parts`` has each one's mean, unweighted, in the last call."""
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
+        self.rewards, self.weights = rewards, weights
+        self.parts: dict[str, float] = {}
+
+    def __call__(self, prompts: list[str], responses: list[str], response_ids: list[list[int]]) -> list[Score]:
+        """The sums. A part with one number per response goes on the last token where another has one per token."""
+        found = {name: score(reward, prompts, responses, response_ids) for name, reward in self.rewards.items()}
+        self.parts = {name: math.fsum(totals(scores)) / len(responses) for name, scores in found.items()}
+        return [
+            _sum([(self.weights[name], scores[row]) for name, scores in found.items()], len(response_ids[row]))
+            for row in range(len(responses))
+        ]
+
+
+def _sum(parts: list[tuple[float, Score]], tokens: int) -> Score:
+    whole = math.fsum(weight * value for weight, value in parts if not isinstance(value, list))
+    by_token = [(weight, value) for weight, value in parts if isinstance(value, list)]
+    if not by_token or not tokens:
+        return whole
+    summed = [math.fsum(weight * value[place] for weight, value in by_token) for place in range(tokens)]
+    summed[-1] += whole
+    return summed
 
 
 def load_callable(name: str) -> Reward:
@@ -43,14 +86,14 @@ def load_callable(name: str) -> Reward:
 class RewardModel:
     """A frozen sequence-classification model: the logit of its one label, or of the second of its two."""
 
-    def __init__(self, source: str, settings: RewardSettings, device: str = "cpu") -> None:
+    def __init__(self, source: str, revision: str, settings: RewardSettings, device: str = "cpu") -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.settings, self.device = settings, device
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.reward_revision or None)
+            self.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or None)
             model = AutoModelForSequenceClassification.from_pretrained(
-                source, revision=settings.reward_revision or None, use_safetensors=True
+                source, revision=revision or None, use_safetensors=True
             )
         except (OSError, ValueError) as error:
             raise InputError(
@@ -84,28 +127,48 @@ class RewardModel:
         return scores
 
 
-def score(
-    reward: Reward, prompts: list[str], responses: list[str], response_ids: list[list[int]] | None = None
-) -> list[float]:
-    """The scores, checked: as many as responses, each a finite number. Raises InputError otherwise."""
-    scores = reward(prompts, responses)
+def score(reward: Reward, prompts: list[str], responses: list[str], response_ids: list[list[int]]) -> list[Score]:
+    """The scores, checked: as many as responses, each a finite number or one for each token of ``response_ids``.
+
+    Raises InputError otherwise.
+    """
+    given = {"response_ids": response_ids} if _takes_ids(reward) else {}
+    scores = reward(prompts, responses, **given)
     try:
-        found = [float(value) for value in scores]
-    except TypeError as error:
-        raise InputError(f"reward_model returned {scores!r}: it must return one number for each response") from error
+        found = [_plain(value) for value in scores]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"reward_model returned {scores!r}: it must return one number for each response, or one for each token"
+        ) from error
     if len(found) != len(responses):
         raise InputError(
             f"reward_model returned {len(found)} scores for {len(responses)} responses: one each is needed"
         )
     for position, value in enumerate(found):
-        if not math.isfinite(value):
+        told = f"reward_model returned {value} for response {position} ({responses[position][:80]!r})"
+        if isinstance(value, list) and len(value) != len(response_ids[position]):
             raise InputError(
-                f"reward_model returned {value} for response {position} ({responses[position][:80]!r}): "
-                "every score must be finite"
+                f"{told}: {len(value)} numbers for {len(response_ids[position])} tokens; give one number, or one for "
+                "each token"
             )
+        if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
+            raise InputError(f"{told}: every score must be finite")
     return found
 
 
-def totals(scores: Sequence[float | Sequence[float]]) -> list[float]:
+def totals(scores: Sequence[Score]) -> list[float]:
     """What each response earned in all."""
-    return [float(value) if isinstance(value, (int, float)) else math.fsum(value) for value in scores]
+    return [math.fsum(value) if isinstance(value, list) else value for value in scores]
+
+
+def _plain(value: Any) -> Score:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [float(item) for item in value] if isinstance(value, (list, tuple)) else float(value)
+
+
+def _takes_ids(reward: Reward) -> bool:
+    try:
+        return "response_ids" in inspect.signature(reward).parameters
+    except (TypeError, ValueError):
+        return False

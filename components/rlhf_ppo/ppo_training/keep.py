@@ -24,7 +24,7 @@ DIRECTORY_VARIABLE = "RLHF_PPO_CHECKPOINTS"
 DECIDING_GROUPS = ("ppo", "model", "reward", "rollout", "algorithm")
 NOT_DECIDING = frozenset(
     "exp_name log_with task_name model_name model_revision query_dataset remove_unused_columns tracker_kwargs "
-    "project_kwargs tracker_project_name optimize_device_cache".split()
+    "project_kwargs tracker_project_name optimize_device_cache reward_deadline_seconds".split()
 )
 """Parameters that leave the trained weights as they are, or that the digests of the inputs stand for."""
 

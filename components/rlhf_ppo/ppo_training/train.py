@@ -188,7 +188,8 @@ def _check_lengths(settings: RunSettings, model: nn.Module) -> None:
 def _try_reward(reward: Reward, prompts: list[Prompt]) -> None:
     """Score a few texts that are at hand, so that a broken reward shows before training."""
     texts = [prompt.text for prompt in prompts[:2]]
-    score(reward, texts, [f" {text}" for text in reversed(texts)])
+    ids = [prompt.input_ids.tolist() for prompt in prompts[:2]]
+    score(reward, texts, [f" {text}" for text in reversed(texts)], ids[::-1])
 
 
 def _device() -> str:
