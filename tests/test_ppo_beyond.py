@@ -112,6 +112,17 @@ def test_a_response_that_does_not_end_pays_the_penalty_and_the_raw_score_stays()
     assert fined["tokens/responses_ended"] == pytest.approx(6 / 8)
 
 
+def test_a_missing_end_costs_the_last_token_where_tokens_have_their_own_scores() -> None:
+    answers = [torch.tensor([5, 6, 7])] * 4 + [torch.tensor([5, 6, 2])] * 4
+    trained, mine = trainer(init_kl_coef=0.0, beyond={"missing_eos_penalty": 4.0}), torch.tensor([1.0, 0.0, 2.0])
+    stats = trained.step(ASKED, answers, [mine] * 8)
+    assert trained.last_update is not None
+    rewards = trained.last_update.experience.rewards
+    assert rewards[0].tolist() == [1.0, 0.0, -2.0] and rewards[7].tolist() == [1.0, 0.0, 2.0]
+    assert stats["ppo/mean_scores"] == pytest.approx(1.0) and stats["env/reward_mean"] == pytest.approx(3.0)
+    assert mine.tolist() == [1.0, 0.0, 2.0], "what the caller gave stays as it was"
+
+
 def test_a_penalty_for_a_missing_end_needs_a_model_that_can_end() -> None:
     with pytest.raises(InputError, match="ppo_missing_eos_penalty=1.0.*eos_token_id"):
         trainer(beyond={"missing_eos_penalty": 1.0, "sampling": Sampling(4)})

@@ -140,7 +140,7 @@ def split_scores(scores: Sequence[Score], responses: Sequence[Tensor]) -> tuple[
         alone = torch.zeros(len(response))
         if not each and len(response):
             alone[-1] = float(table)
-        whole.append(table.float().cpu() if each else alone)
+        whole.append(table.float().cpu().clone() if each else alone)
     return totals, whole
 
 
