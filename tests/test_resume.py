@@ -7,14 +7,17 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import training_worker as worker
-from rlhf_ppo.checkpoint import CheckpointStore
+from rlhf_ppo.checkpoint import CheckpointStore, DamagedCheckpoint
 from rlhf_ppo.errors import InputError
 
 
@@ -189,6 +192,104 @@ def test_a_store_that_cannot_be_written_is_an_error_before_training(tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="checkpoint_dir"):
         CheckpointStore(tmp_path / "file" / "inside", {}, 2)
+
+
+def test_the_best_policy_is_the_same_however_often_training_was_killed(inputs: Path, tmp_path: Path) -> None:
+    best = {"push_to_hub_if_best_kwargs": {"repo_id": "me/film"}, "compare_steps": 2, "learning_rate": 5e-2}
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert worker.finished(worker.start(inputs, alone, **best)) == 0
+    for step in (6, 13, 19):
+        kill_at(worker.start(inputs, killed, **best), killed, step, 0.01)
+    assert worker.finished(worker.start(inputs, killed, **best)) == 0
+    assert worker.told(killed, "resumed") == 3
+    assert_same(killed, alone)
+    found = [json.loads((place / "policy" / "training.json").read_text())["best_step"] for place in (alone, killed)]
+    assert found[0] == found[1] and found[0] % 2 == 0 and found[0] < 23
+    assert "manifest.json" not in {path.name for path in (killed / "policy").iterdir()}
+
+
+def file_of(text: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / "weights").write_text(text) and None
+
+
+def test_policies_that_were_the_best_are_kept_as_long_as_a_checkpoint_may_want_them(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, {}, 2)
+    state = {"weights": torch.ones(2)}
+    for step in range(1, 7):
+        store.save(f"step-{step:08d}-000000", state, wait=True)
+        if step in (1, 2, 5):
+            store.keep_best(step, file_of(f"of {step}"))
+    # Training may restart at step 5, where the policy of step 2 was the best.
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "step-00000005-000000", "step-00000006-000000", "best-00000002", "best-00000005",
+    }  # fmt: skip
+    assert (store.best(2) / "weights").read_text() == "of 2"
+    (tmp_path / "best-00000002" / "weights").write_text("of 3")
+    with pytest.raises(DamagedCheckpoint, match="weights was altered"):
+        store.best(2)
+
+
+def test_everything_in_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, {"a": 1}, 2)
+    numbers = torch.arange(6, dtype=torch.int64)
+    half, yes = torch.ones(2, 2, dtype=torch.bfloat16), torch.tensor([True])
+    groups = [{"betas": (0.9, 0.999), "lr": 1e-3}]
+    state: dict[str, Any] = {
+        "tensors": {"half": half, "view": numbers[::2], "same": numbers, "bool": yes},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}, 7: {}}, "param_groups": groups},
+        "plain": [None, True, 2, 1.5, float("inf"), "text", [], {}],
+    }
+    store.save("step-00000001-000000", state, wait=True)
+    numbers += 1  # what was saved was copied
+    found = store.read("step-00000001-000000")
+    assert found["plain"] == state["plain"]
+    assert found["optimizer"]["param_groups"] == groups
+    assert list(found["optimizer"]["state"]) == [0, 7] and float(found["optimizer"]["state"][0]["step"]) == 3.0
+    assert found["tensors"]["view"].tolist() == [0, 2, 4] and found["tensors"]["same"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert found["tensors"]["half"].dtype == torch.bfloat16 and found["tensors"]["bool"].tolist() == [True]
+    with pytest.raises(TypeError, match="/what: set can't be kept"):
+        store.save("step-00000002-000000", {"what": {1}})
+
+
+def test_a_full_disk_ends_no_training_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_PPO_EVENTS", str(tmp_path / "events.jsonl"))
+    store = CheckpointStore(tmp_path / "store", {}, 2)
+
+    def full(tensors: object, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    store.save("step-00000001-000000", {"weights": torch.ones(2)})
+    store.finish_writing()
+    (failed,) = worker.events(tmp_path, "checkpoint_failed")
+    assert "No space left" in failed["reason"] and list((tmp_path / "store").iterdir()) == []
+    with pytest.raises(OSError, match="No space left"):
+        store.save("step-00000002-000000", {"weights": torch.ones(2)}, wait=True)
+
+
+def test_a_checkpoint_is_left_out_while_the_one_before_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch as files
+
+    go, save_file = threading.Event(), files.save_file
+    monkeypatch.setattr(files, "save_file", lambda *given: (go.wait(60), save_file(*given)))
+    store, state = CheckpointStore(tmp_path, {}, 3), {"weights": torch.ones(2)}
+    assert store.save("step-00000001-000000", state) and not store.save("step-00000002-000000", state)
+    go.set()
+    assert store.save("step-00000003-000000", state, wait=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001-000000", "step-00000003-000000"]
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_ppo.checkpoint.FORMAT", 99)
+    CheckpointStore(tmp_path, {}, 2).save("step-00000001-000000", {}, wait=True)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="has the format 99, and this version reads 1"):
+        CheckpointStore(tmp_path, {}, 2).latest()
 
 
 @pytest.fixture(scope="module")

@@ -117,10 +117,11 @@ class CheckpointStore:
         names = self._names()
         for name in names[: -self.keep]:
             shutil.rmtree(self.directory / name, ignore_errors=True)
-        oldest = names[-self.keep :][:1]
+        oldest = names[-self.keep :][0]
         best = sorted(path.name for path in self.directory.glob("best-*") if path.suffix != ".unfinished")
-        # A policy that was the best when the oldest checkpoint was written is still wanted if training restarts there.
-        before = [name for name in best if oldest and name.removeprefix("best-") < oldest[0].removeprefix("step-")]
+        # What was the best when the oldest checkpoint was written is still wanted: training may restart there. A step's
+        # policy is compared between the step's beginning, which ends in -000000, and its first optimizer step.
+        before = [name for name in best if f"{name.removeprefix('best-')}-000000" < oldest.removeprefix("step-")]
         for name in before[:-1]:
             shutil.rmtree(self.directory / name, ignore_errors=True)
 

@@ -145,7 +145,8 @@ class AlgorithmSettings(Checked):
         "at zero.",
     )
     ppo_separate_critic: bool = declare(
-        False, "Learn the value in a second copy of the model, so that it does not share the policy's layers."
+        False,
+        "Learn the value in a second copy of the model, which shares no layer with the policy and isn't saved with it.",
     )
     ppo_critic_learning_rate: float | None = declare(
         None, "With ppo_separate_critic: its learning rate; off takes learning_rate.", above=0

@@ -16,7 +16,7 @@ HEAD_WEIGHT = "v_head.summary.weight"
 
 
 def save_policy(trainer: PPOTrainer, directory: Path) -> None:
-    """Write the model, with adapters merged in and also beside, its tokenizer and the value head."""
+    """Write the model, with adapters merged in and also beside, its tokenizer and the value head that reads it."""
     from safetensors.torch import save_file
 
     model: Any = trainer.policy.pretrained_model
@@ -25,8 +25,9 @@ def save_policy(trainer: PPOTrainer, directory: Path) -> None:
         save_merged(model, directory)
     else:
         model.save_pretrained(directory, safe_serialization=True)
-    head = {f"v_head.{name}": value.cpu() for name, value in trainer.policy.v_head.state_dict().items()}
-    save_file(head, str(directory / VALUE_HEAD))
+    if trainer.policy.critic is None:
+        head = {f"v_head.{name}": value.cpu() for name, value in trainer.policy.v_head.state_dict().items()}
+        save_file(head, str(directory / VALUE_HEAD))
     trainer.tokenizer.save_pretrained(directory)
     loadable_by_transformers_4(directory)
 
