@@ -214,7 +214,8 @@ class PPOTrainer:
         experience = self._experience(rollout, mask, earned, columns)
         kl = float(masked_sum(self._kl(experience, columns, self.controller_kl), mask)) / len(totals)
         update = Update(experience, self.sampling.temperature, shaped, raw_scores, kl)
-        note = diagnose_negative_kl(self.policy.pretrained_model, experience, self.sampling)
+        with self.accelerator.autocast():
+            note = diagnose_negative_kl(self.policy.pretrained_model, experience, self.sampling)
         if note:
             update.extra["objective/kl_diagnosis"] = note
         clock.lap("time/ppo/compute_advantages")
