@@ -187,6 +187,7 @@ def test_every_parameter_reaches_the_steps_as_it_was_given(run: Run) -> None:
     given |= {"push_to_hub_if_best_kwargs": {"repo_id": "me/model", "private": False}}
     given |= {"pad_max_input_len": 1024, "pad_max_len": 2048, "log_with": "mlflow", "eval_seed": 2**31}
     given |= {"checkpoint_name": "mine", "ppo_shared_layers": 0, "ppo_value_head": given["model_name"]}
+    given |= {"reward_sum": {given["reward_model"]: 0.5}}
     calls = run.start(**given)
     expected = encode(decode(given))
     arrived = encode(RunSettings.from_json(calls["train_ppo"]["config"]))
