@@ -207,6 +207,8 @@ def test_the_loss_and_its_statistics_follow_trl() -> None:
         "ppo/val/vpred": 0.24,
         "ppo/val/mean": 0.04,
         "ppo/returns/mean": 0.24,
+        "ppo/returns/var": 0.203,
+        "ppo/val/var": 0.113,
     }
     for name, value in expected.items():
         assert float(loss.stats[name]) == pytest.approx(value, abs=1e-6), name

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.parameters import decode
+from rlhf_ppo.parameters import RunSettings, decode
 from rlhf_ppo.ppo_training import train as training
+from rlhf_ppo.ppo_training.record import Recorder
 from rlhf_ppo.reference_snapshot.snapshot import snapshot_reference
 from rlhf_ppo.settings import DataSettings
 from rlhf_ppo.steps import running_step
@@ -154,6 +155,21 @@ def test_the_best_policy_is_the_one_that_was_scored_best(inputs: Path, monkeypat
     kept = load_file(inputs / "policy" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(kept, saved[1][1]) and not torch.equal(kept, saved[2][1])
     assert json.loads((inputs / "policy" / "training.json").read_text())["best_step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("compare_steps", "means", "best"),
+    [(1, [1, 0.5, 2], [0, 2]), (2, [1, 0.5, 2, 9, 1.5, 3], [0, 2]), (1, [1, 1, 1], [0])],
+)
+def test_the_best_is_sought_on_every_nth_step_as_trl_does(
+    inputs: Path, compare_steps: int, means: list[float], best: list[int]
+) -> None:
+    asked = {"push_to_hub_if_best_kwargs": {"repo_id": "me/m"}, "compare_steps": compare_steps}
+    for changes, expected in ((asked, best), ({"compare_steps": compare_steps}, [])):
+        settings = RunSettings.from_json(config(**changes))
+        trainer = training.build_trainer(settings, inputs / "reference", word_tokenizer())
+        recorder = Recorder(settings, trainer, None, "run-1")
+        assert [step for step, mean in enumerate(means) if recorder.is_best(step, mean)] == expected
 
 
 @pytest.mark.parametrize(
