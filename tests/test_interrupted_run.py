@@ -1,4 +1,4 @@
-"""A local run that is interrupted while it trains, and the same command once more: the real pipeline on a tiny model."""
+"""A local run that is interrupted while it trains, and the same command again: the real pipeline on a tiny model."""
 
 from __future__ import annotations
 

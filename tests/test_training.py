@@ -110,6 +110,7 @@ def test_the_tracker_has_every_step_and_the_config(inputs: Path) -> None:
     (step,) = client.search_runs([experiment.experiment_id], "tags.`rlhf_ppo.step` = 'train_ppo'")
     assert len(client.get_metric_history(step.info.run_id, "objective/kl")) == 3
     assert step.data.params["batch_size"] == "8" and step.data.params["world_size"] == "1"
+    assert step.data.params["rollout_max_new_tokens"] == "8"
     manifest = json.loads((inputs / "prompts" / "manifest.json").read_text())
     assert step.inputs.dataset_inputs[0].dataset.digest == manifest["digest"][:36]
     assert step.data.tags["prompts.train"] == str(manifest["train"])

@@ -11,8 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.advantages import on_last_token
+from rlhf_ppo.ppo.kl_control import RunningMoments, shape_scores
 from rlhf_ppo.ppo.rollout import Rollout
 from rlhf_ppo.ppo.tensors import length_mask, pad_rows
 
@@ -142,6 +144,29 @@ def split_scores(scores: Sequence[Score], responses: Sequence[Tensor]) -> tuple[
             alone[-1] = float(table)
         whole.append(table.float().cpu().clone() if each else alone)
     return totals, whole
+
+
+def fine(raw_scores: Tensor, by_token: list[Tensor] | None, ended: list[bool], penalty: float) -> Tensor:
+    """``raw_scores`` (batch,) less ``penalty`` where a response has not ended; so are the last of ``by_token``."""
+    for row, tokens in enumerate(by_token or []):
+        if not ended[row] and len(tokens):
+            tokens[-1] -= penalty
+    return raw_scores - penalty * ~torch.tensor(ended)
+
+
+def shaped_for(config: PPOConfig, scores: Tensor, moments: RunningMoments, by_token: bool) -> tuple[Tensor, float]:
+    """Scores (batch,) scaled, centred and clipped as ``config`` says, and the scale.
+
+    Raises InputError where that is for one score per response, and tokens have their own.
+    """
+    if by_token and (config.use_score_norm or config.score_clip is not None):
+        raise InputError(
+            f"use_score_norm={config.use_score_norm}, score_clip={config.score_clip}: these are for one score per "
+            "response, and the reward gave one per token: set neither"
+        )
+    return shape_scores(
+        scores, moments, scaling=config.use_score_scaling, center=config.use_score_norm, clip=config.score_clip
+    )
 
 
 def earned_by_token(shaped: Tensor, factor: float, rows: list[Tensor] | None, mask: Tensor) -> Tensor:

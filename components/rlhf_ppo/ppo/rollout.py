@@ -31,6 +31,10 @@ class Rollout:
     values: list[Tensor]
     masks: list[Tensor] | None = None
 
+    def ended(self, eos_token_ids: Sequence[int]) -> list[bool]:
+        """Whether each response ends with an end token."""
+        return [len(response) > 0 and int(response[-1]) in eos_token_ids for response in self.responses]
+
 
 def batches_by_length(lengths: Sequence[int], tokens: int = SCORING_TOKENS) -> Iterator[list[int]]:
     """Row numbers in batches of similar length, each of at most ``tokens`` padded tokens (or one row)."""

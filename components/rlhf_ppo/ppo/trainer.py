@@ -20,12 +20,14 @@ from rlhf_ppo.ppo.experience import (
     Score,
     Update,
     earned_by_token,
+    fine,
     gathered,
     response_mask,
+    shaped_for,
     split_scores,
 )
 from rlhf_ppo.ppo.generation import Sampling, draw, sample
-from rlhf_ppo.ppo.kl_control import KLController, RunningMoments, shape_scores
+from rlhf_ppo.ppo.kl_control import KLController, RunningMoments
 from rlhf_ppo.ppo.models import PolicyWithValueHead
 from rlhf_ppo.ppo.optimization import Optimization
 from rlhf_ppo.ppo.rollout import Rollout, critic_values, response_full_kl, response_logprobs, score_with_policy
@@ -208,11 +210,15 @@ class PPOTrainer:
         rollout, columns, totals, by_token = gathered(self.accelerator, rollout, columns, totals, by_token)
         clock.lap("time/ppo/forward_pass")
         raw_scores = torch.tensor(totals)
-        shaped, factor = self._shape(raw_scores, rollout, by_token)
+        fined = raw_scores
+        if self.missing_eos_penalty:
+            fined = fine(raw_scores, by_token, rollout.ended(self.sampling.eos_token_ids), self.missing_eos_penalty)
+        shaped, factor = shaped_for(self.config, fined, self.moments, by_token is not None)
         mask = response_mask(rollout)
         earned = earned_by_token(shaped.to(self.device), factor, by_token, mask)
         experience = self._experience(rollout, mask, earned, columns)
-        kl = float(masked_sum(self._kl(experience, columns, self.controller_kl), mask)) / len(totals)
+        kls = self._kl(experience.logprobs, experience.ref_logprobs, columns, self.controller_kl)
+        kl = float(masked_sum(kls, mask)) / len(totals)
         update = Update(experience, self.sampling.temperature, shaped, raw_scores, kl)
         with self.accelerator.autocast():
             note = diagnose_negative_kl(self.policy.pretrained_model, experience, self.sampling)
@@ -237,40 +243,13 @@ class PPOTrainer:
             )
         return {"ref": logprobs, "full": exact}
 
-    def _shape(self, raw_scores: Tensor, rollout: Rollout, by_token: list[Tensor] | None) -> tuple[Tensor, float]:
-        """Scores after the penalty for a missing end, scaling, centring and clipping; and the scale."""
-        config = self.config
-        if by_token is not None and (config.use_score_norm or config.score_clip is not None):
-            raise InputError(
-                f"use_score_norm={config.use_score_norm}, score_clip={config.score_clip}: these are for one score per "
-                "response, and the reward gave one per token: set neither"
-            )
-        if self.missing_eos_penalty:
-            missing = ~torch.tensor(self._ended(rollout))
-            raw_scores = raw_scores - self.missing_eos_penalty * missing
-            for row in missing.nonzero().flatten().tolist() if by_token is not None else []:
-                if len(by_token[row]):  # type: ignore[index]
-                    by_token[row][-1] -= self.missing_eos_penalty  # type: ignore[index]
-        return shape_scores(
-            raw_scores,
-            self.moments,
-            scaling=config.use_score_scaling,
-            center=config.use_score_norm,
-            clip=config.score_clip,
-        )
-
-    def _ended(self, rollout: Rollout) -> list[bool]:
-        ends = self.sampling.eos_token_ids
-        return [len(response) > 0 and int(response[-1]) in ends for response in rollout.responses]
-
     def _experience(
         self, rollout: Rollout, mask: Tensor, earned: Tensor, columns: dict[str, list[Tensor]]
     ) -> Experience:
         logprobs, ref_logprobs, values = (
             torch.where(mask, pad_rows(rows), 0) for rows in (rollout.logprobs, columns["ref"], rollout.values)
         )
-        unfinished = Experience(rollout, mask, logprobs, ref_logprobs, values, earned, earned, earned, earned)
-        penalties = self._kl(unfinished, columns, self.config.kl_penalty)
+        penalties = self._kl(logprobs, ref_logprobs, columns, self.config.kl_penalty)
         rewards = token_rewards(earned, penalties, mask, self.kl_controller.value)
         advantages, returns = advantages_and_returns(
             values,
@@ -282,16 +261,15 @@ class PPOTrainer:
         )
         return Experience(rollout, mask, logprobs, ref_logprobs, values, earned, rewards, advantages, returns)
 
-    def _kl(self, experience: Experience, columns: dict[str, list[Tensor]], kind: str) -> Tensor:
-        if kind == "full":
-            return pad_rows(columns["full"])
-        return kl_penalty(experience.logprobs, experience.ref_logprobs, kind)
+    @staticmethod
+    def _kl(logprobs: Tensor, ref_logprobs: Tensor, columns: dict[str, list[Tensor]], kind: str) -> Tensor:
+        return pad_rows(columns["full"]) if kind == "full" else kl_penalty(logprobs, ref_logprobs, kind)
 
     # 4. Statistics
 
     def _conclude(self, update: Update) -> dict[str, Any]:
         """The statistics of the step; the KL coefficient and the scheduler go on."""
-        ended = self._ended(update.experience.rollout)
+        ended = update.experience.rollout.ended(self.sampling.eos_token_ids)
         means = torch.stack(update.seen).mean(0).tolist()
         stats: dict[str, Any] = {
             **dict(zip(update.names, means, strict=True)),

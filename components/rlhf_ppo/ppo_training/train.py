@@ -13,7 +13,7 @@ from torch import nn
 
 from rlhf_ppo.artifacts import complete_directory, write_whole
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.parameters import RunSettings
+from rlhf_ppo.parameters import RunSettings, encode
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
 from rlhf_ppo.ppo.loop import Interrupted
 from rlhf_ppo.ppo.models import decoder_start, load_critic, load_model, shared_reference
@@ -102,7 +102,7 @@ def _describe(
     tracker: Tracker, settings: RunSettings, trainer: PPOTrainer, prompts: Path, digests: dict[str, Any]
 ) -> None:
     """Tell the tracker what is trained on what."""
-    tracker.log_params(trainer.config.to_dict())
+    tracker.log_params({**encode(settings), **trainer.config.to_dict()})
     tracker.log_dataset("prompts", digests["prompts_digest"] or "", str(settings.ppo.query_dataset), "training")
     counts = read_json(prompts / "manifest.json").get("counts", {})
     tracker.log_tags({f"prompts.{name}": count for name, count in counts.items()})
