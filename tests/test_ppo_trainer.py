@@ -20,7 +20,6 @@ from rlhf_ppo.ppo.generation import Generated, draw
 from rlhf_ppo.ppo.loop import batch_rows
 from rlhf_ppo.ppo.models import Sequences, decoder_start, response_logits
 from rlhf_ppo.ppo.rollout import Rollout, batches_by_length, response_logprobs, score_with_policy
-from rlhf_ppo.ppo.statistics import Clock
 from tiny_models import bart, gemma2, gpt2, llama, neox, queries, qwen2, t5, word_tokenizer
 
 ARCHITECTURES = [llama, gpt2, gemma2, neox, qwen2, t5, bart]
@@ -46,7 +45,7 @@ def sample(model: nn.Module, asked: list[Tensor], sampling: Sampling, seed: int 
 
 def begun(trained: PPOTrainer, rollout: Rollout, scores: list[float]) -> Update:
     """The update of a batch before its first optimizer step."""
-    return trained._begin(rollout, scores, Clock())
+    return trained._begin(rollout, scores)
 
 
 def weights(trained: PPOTrainer) -> dict[str, Tensor]:

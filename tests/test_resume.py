@@ -56,6 +56,16 @@ def kill_at(process: worker.BaseProcess, place: Path, step: int, seconds: float)
     process.join()
 
 
+@pytest.mark.parametrize("changes", [{"model_lora_r": 4}, {"ppo_separate_critic": True, "whiten_rewards": True}])
+def test_adapters_and_a_critic_go_on_with_the_same_bits(inputs: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert worker.finished(worker.start(inputs, alone, steps=96, **changes)) == 0
+    kill_at(worker.start(inputs, killed, steps=96, **changes), killed, 6, 0.01)
+    assert worker.finished(worker.start(inputs, killed, steps=96, **changes)) == 0
+    assert worker.told(killed, "resumed") == 1
+    assert_same(killed, alone)
+
+
 def test_ten_killed_trainings_end_with_the_same_bits(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     moments = random.Random(20261123)
     resumed = 0
@@ -79,7 +89,9 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(
     assert_same(place, undisturbed)
 
 
-@pytest.mark.parametrize("env", [{"WAIT_IN_REWARD": "4"}, {"WAIT_IN_UPDATE": "11"}, {"WAIT_IN_UPDATE": "14"}])
+@pytest.mark.parametrize(
+    "env", [{"WAIT_IN_REWARD": "4"}, {"WAIT_BEFORE_UPDATE": "3"}, {"WAIT_IN_UPDATE": "11"}, {"WAIT_IN_UPDATE": "14"}]
+)
 def test_sigterm_keeps_everything_wherever_it_comes(
     inputs: Path, undisturbed: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlhf_ppo import tracking
 from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
 from rlhf_ppo.parameters import decode
+from rlhf_ppo.ppo import PPOTrainer
 from rlhf_ppo.ppo.optimization import Optimization
 from rlhf_ppo.ppo_training.train import train_ppo
 from rlhf_ppo.reference_snapshot.snapshot import snapshot_reference
@@ -90,11 +91,29 @@ def _train(inputs: Path, place: Path, values: dict[str, Any], env: dict[str, str
     # Nobody is there to be told, and no test waits for that.
     tracking.DEADLINE = 0.0
     sys.stderr = (place / "stderr").open("a")
+    if "WAIT_BEFORE_UPDATE" in env:
+        _wait_before_update(int(env["WAIT_BEFORE_UPDATE"]))
     if "WAIT_IN_UPDATE" in env:
         _wait_in_update(int(env["WAIT_IN_UPDATE"]))
     with running_step("train_ppo"):
         train_ppo(decode(values).to_json(), inputs / "prompts", inputs / "reference", place / "policy",
                   place / "history", env.get("RUN_ID", "run-1"))  # fmt: skip
+
+
+def _wait_before_update(number: int) -> None:
+    """Stop in the ``number``-th PPO step, when it was scored and the running moments know it."""
+    begin, calls = PPOTrainer._begin, 0
+
+    def waiting(self: PPOTrainer, *given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        update = begin(self, *given)
+        if calls == number:
+            Path("waiting").touch()
+            time.sleep(600)
+        return update
+
+    PPOTrainer._begin = waiting  # type: ignore[method-assign]
 
 
 def _wait_in_update(number: int) -> None:
@@ -162,7 +181,7 @@ def result(place: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """All trained weights, and the history without what the clock says."""
     weights = {
         **load_file(place / "policy" / "model.safetensors"),
-        **load_file(place / "policy" / "value_head.safetensors"),
+        **(load_file(head) if (head := place / "policy" / "value_head.safetensors").exists() else {}),
     }
     lines = [json.loads(line) for line in (place / "history").read_text().splitlines()]
     timed = ("time/", "tokens/per_second")

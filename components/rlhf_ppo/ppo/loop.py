@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -56,8 +57,8 @@ def train(
 
     Every pass over ``prompts`` has a new order; what is left of a pass, less than a batch, is not used.
     ``before_step`` gets the number of the step about to begin. ``before_update`` gets the step's number and mean raw
-    score while the policy is still the one that was scored. Sampling and scoring run inside ``interruptible``: where
-    that raises Interrupted, all random streams are put back to the step's beginning.
+    score while the policy is still the one that was scored. What comes before the update runs inside ``interruptible``:
+    where that raises Interrupted, everything is put back to the step's beginning.
     Raises InputError where there are fewer prompts than batch_size, or the reward returns something else than scores.
     """
     config = trainer.config
@@ -69,35 +70,29 @@ def train(
         )
     stats: dict[str, Any] = {}
     for step in range(trainer.steps_done, config.total_ppo_epochs):
-        started = time.perf_counter()
         batch = [prompts[row] for row in batch_rows(trainer, len(prompts), step)]
         texts = [prompt.text for prompt in batch]
-        if trainer.current is not None:
-            # Taken up from a checkpoint inside this step: it was sampled and scored before.
-            stats = trainer.finish_update()
-        else:
+        if trainer.current is None:
             if before_step is not None:
                 before_step(step)
-            with _beginning_again(trainer), interruptible():
-                rollout = trainer.rollout([prompt.input_ids for prompt in batch], batch_size=rollout_batch_size)
-                sampled = time.perf_counter()
-                responses, ids = _decoded(trainer, rollout), [row.tolist() for row in rollout.responses]
-                scores = score(reward, texts, responses, ids)
-                scored = time.perf_counter()
-            earned, parts = _of_all(trainer, totals(scores), getattr(reward, "parts", {}))
-            if before_update is not None:
-                before_update(step, sum(earned) / len(earned))
-            stats = trainer.update(
-                rollout,
-                scores,
-                extra={
-                    **{f"env/reward/{name}": value for name, value in parts.items()},
-                    "time/ppo/rollout": sampled - started,
-                    "time/ppo/evaluate": scored - sampled,
-                },
-            )
-        seconds = stats["time/ppo/total"] + stats["time/ppo/rollout"] + stats["time/ppo/evaluate"]
-        stats |= {"time/ppo/total": seconds, "tokens/per_second": stats["tokens/responses"] / seconds}
+            with _beginning_again(trainer):
+                with interruptible():
+                    started = time.perf_counter()
+                    rollout = trainer.rollout([prompt.input_ids for prompt in batch], batch_size=rollout_batch_size)
+                    sampled = time.perf_counter()
+                    responses, ids = _decoded(trainer, rollout), [row.tolist() for row in rollout.responses]
+                    scores = score(reward, texts, responses, ids)
+                    scored = time.perf_counter()
+                earned, parts = _of_all(trainer, totals(scores), getattr(reward, "parts", {}))
+                if before_update is not None:
+                    before_update(step, sum(earned) / len(earned))
+                extra = {f"env/reward/{name}": value for name, value in parts.items()}
+                extra |= {"time/ppo/rollout": sampled - started, "time/ppo/evaluate": scored - sampled}
+                with interruptible():
+                    trainer.begin_update(rollout, scores, extra)
+        # One that was taken up from a checkpoint inside its update was sampled and scored before.
+        stats = trainer.finish_update()
+        stats["tokens/per_second"] = stats["tokens/responses"] / stats["time/ppo/total"]
         trainer.log_stats(stats)
         if on_step is not None:
             on_step(_report(trainer, step, stats, texts))
@@ -105,18 +100,20 @@ def train(
 
 
 class _beginning_again:
-    """Puts the random streams back where the block is left by Interrupted."""
+    """Puts random streams and moments back where the block is left by Interrupted."""
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self.trainer = trainer
 
     def __enter__(self) -> None:
         self.sampling, self.elsewhere = self.trainer.sampling_generator.get_state(), random_state()
+        self.moments = copy.copy(self.trainer.moments)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, Interrupted):
             self.trainer.sampling_generator.set_state(self.sampling)
             set_random_state(self.elsewhere)
+            self.trainer.moments, self.trainer.current = self.moments, None
 
 
 def _decoded(trainer: PPOTrainer, rollout: Rollout) -> list[str]:

@@ -163,11 +163,9 @@ class PPOTrainer:
                 length=self._length,
             )
         masks = None if response_masks is None else list(response_masks)
-        before = time.perf_counter() - started
-        stats = self.update(Rollout(scored.queries, scored.responses, scored.logprobs, scored.values, masks), scores)
-        stats["time/ppo/forward_pass"] += before
-        stats["time/ppo/total"] += before
-        return stats
+        rollout = Rollout(scored.queries, scored.responses, scored.logprobs, scored.values, masks)
+        self.begin_update(rollout, scores, {"time/ppo/second_pass": time.perf_counter() - started})
+        return self.finish_update()
 
     def update(
         self, rollout: Rollout, scores: Sequence[Score], extra: Mapping[str, Any] | None = None
@@ -176,24 +174,29 @@ class PPOTrainer:
 
         ``extra`` is put among them.
         """
-        self._check_batch(len(rollout.queries), len(rollout.responses), len(scores))
-        clock = Clock()
-        self.current = self._begin(rollout, scores, clock)
-        self.current.extra |= extra or {}
-        return self.finish_update(clock)
+        self.begin_update(rollout, scores, extra)
+        return self.finish_update()
 
-    def finish_update(self, clock: Clock | None = None) -> dict[str, Any]:
-        """Bring the PPO step under way, ``current``, to its end, from where it was interrupted; the statistics."""
-        update, clock = self.current, clock or Clock()
+    def begin_update(self, rollout: Rollout, scores: Sequence[Score], extra: Mapping[str, Any] | None = None) -> None:
+        """The first half of ``update``: all that comes before the weights change. Makes ``current``."""
+        self._check_batch(len(rollout.queries), len(rollout.responses), len(scores))
+        update = self._begin(rollout, scores)
+        update.extra |= extra or {}
+        self.current = update
+
+    def finish_update(self) -> dict[str, Any]:
+        """The second half of ``update``, from wherever it was interrupted; returns the statistics."""
+        update, clock = self.current, Clock()
         if update is None:
-            raise RuntimeError("no PPO step is under way: call update")
+            raise RuntimeError("no PPO step is under way: call begin_update")
         while self.optimization.advance(update):
             if self.between_updates is not None:
                 self.between_updates()
         clock.lap("time/ppo/optimize_step")
         stats = self._conclude(update)
         clock.lap("time/ppo/calc_stats")
-        return {**stats, **clock.times, "time/ppo/total": clock.total}
+        stats |= clock.times
+        return {**stats, "time/ppo/total": sum(value for name, value in stats.items() if name.startswith("time/ppo/"))}
 
     def _check_batch(self, queries: int, responses: int, scores: int) -> None:
         if not queries == responses == scores == self.config.batch_size:
@@ -204,7 +207,8 @@ class PPOTrainer:
 
     # 3. Rewards and advantages
 
-    def _begin(self, rollout: Rollout, scores: Sequence[Score], clock: Clock) -> Update:
+    def _begin(self, rollout: Rollout, scores: Sequence[Score]) -> Update:
+        clock = Clock()
         columns = self._reference_rows(rollout, full="full" in (self.config.kl_penalty, self.controller_kl))
         totals, by_token = split_scores(scores, rollout.responses)
         rollout, columns, totals, by_token = gathered(self.accelerator, rollout, columns, totals, by_token)
