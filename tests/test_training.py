@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.parameters import RunSettings, decode
+from rlhf_ppo.policy_evaluation.evaluate import evaluate_policy
 from rlhf_ppo.ppo_training import train as training
 from rlhf_ppo.ppo_training.record import Recorder
 from rlhf_ppo.reference_snapshot.snapshot import snapshot_reference
 from rlhf_ppo.settings import DataSettings
 from rlhf_ppo.steps import running_step
-from tiny_models import llama, word_tokenizer
+from tiny_models import bart, llama, t5, word_tokenizer
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 REWARD = """
@@ -35,9 +36,9 @@ def spoils_later(prompts, responses):
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     """A tiny model, prompts and rewards, prepared by the real steps."""
-    llama(seed=3).save_pretrained(tmp_path / "model")
+    getattr(request, "param", llama)(seed=3).save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     snapshot_reference(str(tmp_path / "model"), "", tmp_path / "reference", tmp_path / "tokenizer")
     rows = [json.dumps({"prompt": f"w{3 + i % 60} w{3 + i // 60} w5"}) for i in range(120)]
@@ -134,6 +135,20 @@ def test_adapters_are_merged_exactly_and_also_kept(inputs: Path) -> None:
     apart = PeftModel.from_pretrained(llama(seed=3), str(inputs / "policy" / "adapter")).eval()
     torch.testing.assert_close(merged(IDS).logits, apart(IDS).logits, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(merged(IDS).logits, llama(seed=3)(IDS).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", [t5, bart], indirect=True)
+def test_encoder_decoders_go_through_all_steps(inputs: Path) -> None:
+    metrics = run(inputs, eval_max_prompts=8)
+    figures = evaluate_policy(
+        config(eval_max_prompts=8), inputs / "prompts", inputs / "reference", inputs / "policy", inputs / "history",
+        inputs / "evaluation", inputs / "report", "run-1",
+    )  # fmt: skip
+    assert metrics["ppo_steps"] == 3.0 and figures["kl3"] > 0
+    policy = AutoModelForSeq2SeqLM.from_pretrained(inputs / "policy")
+    reference = AutoModelForSeq2SeqLM.from_pretrained(inputs / "reference")
+    logits = [model(input_ids=IDS, decoder_input_ids=IDS).logits for model in (policy, reference)]
+    assert not torch.allclose(*logits, atol=1e-3)
 
 
 def test_the_best_policy_is_the_one_that_was_scored_best(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
