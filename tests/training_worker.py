@@ -102,18 +102,17 @@ def _train(inputs: Path, place: Path, values: dict[str, Any], env: dict[str, str
 
 def _wait_before_update(number: int) -> None:
     """Stop in the ``number``-th PPO step, when it was scored and the running moments know it."""
-    begin, calls = PPOTrainer._begin, 0
+    begin, calls = PPOTrainer.begin_update, 0
 
-    def waiting(self: PPOTrainer, *given: Any) -> Any:
+    def waiting(self: PPOTrainer, *given: Any) -> None:
         nonlocal calls
         calls += 1
-        update = begin(self, *given)
+        begin(self, *given)
         if calls == number:
             Path("waiting").touch()
             time.sleep(600)
-        return update
 
-    PPOTrainer._begin = waiting  # type: ignore[method-assign]
+    PPOTrainer.begin_update = waiting  # type: ignore[method-assign]
 
 
 def _wait_in_update(number: int) -> None:
