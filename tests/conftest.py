@@ -3,7 +3,30 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
+
+import pytest
 
 # A shell script's background jobs ignore SIGINT, and so would the commands that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def training_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and prompts, as the steps before training leave them."""
+    import training_worker as worker
+
+    directory = tmp_path_factory.mktemp("inputs")
+    worker.make_inputs(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def undisturbed(training_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of 24 PPO steps that nothing happened to."""
+    import training_worker as worker
+
+    place = tmp_path_factory.mktemp("undisturbed")
+    assert worker.finished(worker.start(training_inputs, place)) == 0, (place / "stderr").read_text()
+    return place

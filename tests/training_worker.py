@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -185,6 +187,26 @@ def result(place: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     lines = [json.loads(line) for line in (place / "history").read_text().splitlines()]
     timed = ("time/", "tokens/per_second")
     return weights, [{n: v for n, v in line.items() if not n.startswith(timed)} for line in lines]
+
+
+def kill_at(process: BaseProcess, place: Path, step: int, seconds: float) -> None:
+    """SIGKILL ``seconds`` after the training has told of its PPO step ``step``; 0 is before the first."""
+    while process.is_alive() and told(place, "progress") < step:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    assert process.pid is not None
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def assert_same(place: Path, undisturbed: Path) -> None:
+    weights, history = result(place)
+    expected, expected_history = result(undisturbed)
+    assert list(weights) == list(expected)
+    assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
+    assert history == expected_history
+    assert not (place / "checkpoints").exists() or not list((place / "checkpoints").iterdir())
 
 
 if __name__ == "__main__":

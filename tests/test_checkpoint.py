@@ -1,4 +1,4 @@
-"""A killed training goes on as if nothing had happened: real processes, real signals, the same bits."""
+"""Checkpoints: complete or absent, damage is found, and another training's are refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,103 +21,10 @@ from rlhf_ppo.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("inputs")
-    worker.make_inputs(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training of 24 PPO steps that nothing happened to."""
-    place = tmp_path_factory.mktemp("undisturbed")
-    assert worker.finished(worker.start(inputs, place)) == 0, (place / "stderr").read_text()
-    return place
-
-
-def assert_same(place: Path, undisturbed: Path) -> None:
-    weights, history = worker.result(place)
-    expected, expected_history = worker.result(undisturbed)
-    assert list(weights) == list(expected)
-    assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
-    assert history == expected_history
-    assert not (place / "checkpoints").exists() or not list((place / "checkpoints").iterdir())
-
-
-def kill_at(process: worker.BaseProcess, place: Path, step: int, seconds: float) -> None:
-    """SIGKILL ``seconds`` after the training has told of its PPO step ``step``; 0 is before the first."""
-    while process.is_alive() and worker.told(place, "progress") < step:
-        time.sleep(0.001)
-    time.sleep(seconds)
-    assert process.pid is not None
-    if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
-
-
-@pytest.mark.parametrize("changes", [{"model_lora_r": 4}, {"ppo_separate_critic": True, "whiten_rewards": True}])
-def test_adapters_and_a_critic_go_on_with_the_same_bits(inputs: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    assert worker.finished(worker.start(inputs, alone, steps=96, **changes)) == 0
-    kill_at(worker.start(inputs, killed, steps=96, **changes), killed, 6, 0.01)
-    assert worker.finished(worker.start(inputs, killed, steps=96, **changes)) == 0
-    assert worker.told(killed, "resumed") == 1
-    assert_same(killed, alone)
-
-
-def test_ten_killed_trainings_end_with_the_same_bits(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    moments = random.Random(20261123)
-    resumed = 0
-    for number in range(10):
-        place = tmp_path / str(number)
-        kill_at(worker.start(inputs, place), place, moments.randrange(24), moments.uniform(0, 0.1))
-        assert worker.finished(worker.start(inputs, place)) == 0, (place / "stderr").read_text()
-        resumed += worker.told(place, "resumed")
-        assert_same(place, undisturbed)
-    assert resumed >= 7
-
-
-def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(
-    inputs: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    place = tmp_path / "place"
-    for step in (5, 9, 14, 20):
-        kill_at(worker.start(inputs, place), place, step, 0.02)
-    assert worker.finished(worker.start(inputs, place)) == 0
-    assert worker.told(place, "resumed") == 4
-    assert_same(place, undisturbed)
-
-
-@pytest.mark.parametrize(
-    "env", [{"WAIT_IN_REWARD": "4"}, {"WAIT_BEFORE_UPDATE": "3"}, {"WAIT_IN_UPDATE": "11"}, {"WAIT_IN_UPDATE": "14"}]
-)
-def test_sigterm_keeps_everything_wherever_it_comes(
-    inputs: Path, undisturbed: Path, tmp_path: Path, env: dict[str, str]
-) -> None:
-    """In sampling and scoring the step begins again; inside an update it goes on from the optimizer step."""
-    place = tmp_path / "place"
-    process = worker.start(inputs, place, env, checkpoint_every=0)
-    worker.wait_for(place / "waiting", process)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGTERM)
-    (place / "go").touch()
-    assert worker.finished(process) == 1
-    (failed,) = worker.events(place, "step_failed")
-    assert "stopped by SIGTERM" in failed["message"] and "goes on from" in failed["message"]
-    (folder,) = (place / "checkpoints").iterdir()
-    (checkpoint,) = folder.iterdir()
-    inside = int(checkpoint.name.rpartition("-")[2])
-    # Each PPO step has four optimizer steps, and a fifth call that finds them done.
-    assert inside == {"11": 1, "14": 4}.get(env.get("WAIT_IN_UPDATE", ""), 0)
-    assert worker.finished(worker.start(inputs, place, checkpoint_every=0)) == 0
-    assert_same(place, undisturbed)
-
-
-@pytest.fixture(scope="module")
-def stopped(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(training_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training that was stopped in its fifth step, with its last three checkpoints."""
     place = tmp_path_factory.mktemp("stopped")
-    process = worker.start(inputs, place, {"WAIT_IN_REWARD": "6"}, checkpoint_keep=3, checkpoint_name="mine")
+    process = worker.start(training_inputs, place, {"WAIT_IN_REWARD": "6"}, checkpoint_keep=3, checkpoint_name="mine")
     worker.wait_for(place / "waiting", process)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGTERM)
@@ -160,7 +66,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
 
 
 def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_with_the_same_bits(
-    inputs: Path, stopped: Path, undisturbed: Path, tmp_path: Path
+    training_inputs: Path, stopped: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "place"
     shutil.copytree(stopped, place)
@@ -168,30 +74,32 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_with_the_same
     with (place / "checkpoints" / "mine" / "step-00000004-000000" / "tensors.safetensors").open("r+b") as file:
         file.seek(-40, os.SEEK_END)
         file.write(b"\0\1\2\3")
-    assert worker.finished(worker.start(inputs, place, checkpoint_keep=3, checkpoint_name="mine")) == 0
+    assert worker.finished(worker.start(training_inputs, place, checkpoint_keep=3, checkpoint_name="mine")) == 0
     assert worker.events(place, "resumed")[-1]["done"] == 3
-    assert_same(place, undisturbed)
+    worker.assert_same(place, undisturbed)
 
 
 def test_a_checkpoint_of_another_training_is_refused_with_the_differences(
-    inputs: Path, stopped: Path, tmp_path: Path
+    training_inputs: Path, stopped: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "place"
     shutil.copytree(stopped, place)
     changes = {"learning_rate": 2e-2, "ppo_epochs": 3}
-    assert worker.finished(worker.start(inputs, place, checkpoint_name="mine", **changes)) == 1
+    assert worker.finished(worker.start(training_inputs, place, checkpoint_name="mine", **changes)) == 1
     failed = worker.events(place, "step_failed")[-1]
     assert failed["input_error"]
     for words in ("learning_rate is 0.01 there and 0.02 here", "ppo_epochs is 2 there and 3 here", "checkpoint_name"):
         assert words in failed["message"]
 
 
-def test_names_of_runs_and_trackers_do_not_make_another_training(inputs: Path, stopped: Path, tmp_path: Path) -> None:
+def test_names_of_runs_and_trackers_do_not_make_another_training(
+    training_inputs: Path, stopped: Path, tmp_path: Path
+) -> None:
     place = tmp_path / "place"
     shutil.copytree(stopped, place)
     (place / "waiting").unlink()
     changes = {"exp_name": "another", "checkpoint_every": 3, "tracker_project_name": "elsewhere"}
-    process = worker.start(inputs, place, {"RUN_ID": "run-2"}, checkpoint_name="mine", **changes)
+    process = worker.start(training_inputs, place, {"RUN_ID": "run-2"}, checkpoint_name="mine", **changes)
     assert worker.finished(process) == 0
     assert worker.events(place, "resumed")[-1]["done"] == 4
     # The new run's tracker is told of the steps before it, too.
@@ -204,20 +112,6 @@ def test_a_store_that_cannot_be_written_is_an_error_before_training(tmp_path: Pa
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="checkpoint_dir"):
         CheckpointStore(tmp_path / "file" / "inside", {}, 2)
-
-
-def test_the_best_policy_is_the_same_however_often_training_was_killed(inputs: Path, tmp_path: Path) -> None:
-    best = {"push_to_hub_if_best_kwargs": {"repo_id": "me/film"}, "compare_steps": 2, "learning_rate": 5e-2}
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    assert worker.finished(worker.start(inputs, alone, **best)) == 0
-    for step in (6, 13, 19):
-        kill_at(worker.start(inputs, killed, **best), killed, step, 0.01)
-    assert worker.finished(worker.start(inputs, killed, **best)) == 0
-    assert worker.told(killed, "resumed") == 3
-    assert_same(killed, alone)
-    found = [json.loads((place / "policy" / "training.json").read_text())["best_step"] for place in (alone, killed)]
-    assert found[0] == found[1] and found[0] % 2 == 0 and found[0] < 23
-    assert "manifest.json" not in {path.name for path in (killed / "policy").iterdir()}
 
 
 def file_of(text: str) -> Callable[[Path], None]:
@@ -302,32 +196,3 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     with pytest.raises(InputError, match="has the format 99, and this version reads 1"):
         CheckpointStore(tmp_path, {}, 2).latest()
-
-
-@pytest.fixture(scope="module")
-def undisturbed_two(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training by two processes that nothing happened to."""
-    place = tmp_path_factory.mktemp("undisturbed_two")
-    assert worker.start_two(inputs, place).wait(300) == 0, (place / "torchrun").read_text()[-3000:]
-    return place
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_two_processes_that_are_ended_go_on_with_the_same_bits(
-    inputs: Path, undisturbed_two: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    ended = tmp_path / "ended"
-    every = 0 if number == signal.SIGTERM else 2
-    process = worker.start_two(inputs, ended, checkpoint_every=every)
-    while process.poll() is None and worker.told(ended, "progress") < 9:
-        time.sleep(0.001)
-    # torchrun hands SIGTERM on; its workers are in sessions of their own.
-    for pid in [process.pid] if number == signal.SIGTERM else [process.pid, *worker.children(process.pid)]:
-        os.kill(pid, number)
-    assert process.wait(300) != 0
-    state = json.loads(sorted((ended / "checkpoints").glob("*/step-*/state.json"))[-1].read_text())["state"]
-    random_states = dict(state["dict"])["random"]["list"]
-    assert len(random_states) == 2 and random_states[0] != random_states[1]
-    assert worker.start_two(inputs, ended, checkpoint_every=every).wait(300) == 0, (ended / "torchrun").read_text()
-    assert worker.events(ended, "resumed")[-1]["done"] >= (9 if number == signal.SIGTERM else 6)
-    assert_same(ended, undisturbed_two)
