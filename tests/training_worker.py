@@ -76,7 +76,11 @@ def make_inputs(directory: Path) -> None:
 def start(inputs: Path, place: Path, env: dict[str, str] | None = None, **changes: Any) -> BaseProcess:
     """Begin training with outputs and checkpoints in ``place``; returns the process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_worker"])
+    # This module itself is not among them: Python 3.11's fork server does not look into the tests' directory.
+    context.set_forkserver_preload(
+        ["rlhf_ppo.ppo_training.train", "transformers.models.llama.modeling_llama", "mlflow.tracking", "pyarrow.parquet",
+         "mlflow.store.tracking.sqlalchemy_store", "datasets", "peft"]
+    )  # fmt: skip
     process = context.Process(target=_train, args=(inputs, place, {**SMALL, **changes}, env or {}))
     process.start()
     return process
