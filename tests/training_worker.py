@@ -77,10 +77,9 @@ def start(inputs: Path, place: Path, env: dict[str, str] | None = None, **change
     """Begin training with outputs and checkpoints in ``place``; returns the process."""
     context = multiprocessing.get_context("forkserver")
     # This module itself is not among them: Python 3.11's fork server does not look into the tests' directory.
-    context.set_forkserver_preload(
-        ["rlhf_ppo.ppo_training.train", "transformers.models.llama.modeling_llama", "mlflow.tracking", "pyarrow.parquet",
-         "mlflow.store.tracking.sqlalchemy_store", "datasets", "peft"]
-    )  # fmt: skip
+    stores = ["mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store"]
+    models = ["transformers.models.llama.modeling_llama", "peft"]
+    context.set_forkserver_preload(["rlhf_ppo.ppo_training.train", *stores, *models, "datasets", "pyarrow.parquet"])
     process = context.Process(target=_train, args=(inputs, place, {**SMALL, **changes}, env or {}))
     process.start()
     return process
