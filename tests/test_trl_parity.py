@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling
 from rlhf_ppo.ppo.experience import Experience
-from rlhf_ppo.ppo.models import Sequences, ValueHead
+from rlhf_ppo.ppo.models import Padding, Sequences, ValueHead
 from rlhf_ppo.ppo.rollout import score_with_policy
 from rlhf_ppo.ppo.tensors import pad_rows
 from rlhf_ppo.ppo_training.policy_files import read_value_head
@@ -218,11 +218,11 @@ def test_positions_of_ragged_rows_are_those_of_trls_mask() -> None:
     assert written == ["00111100", "00001100", "00011111", "00000111"]
 
 
-@pytest.mark.parametrize("length", [None, 14])
+@pytest.mark.parametrize("padding", [None, Padding(8, 14)])
 @pytest.mark.parametrize("how", ["by_1", "by_2", "by_4", "padded"])
-def test_logprobs_and_values_of_ragged_rows_are_trls(how: str, length: int | None) -> None:
+def test_logprobs_and_values_of_ragged_rows_are_trls(how: str, padding: Padding | None) -> None:
     queries, responses, _ = rows(TRL["cases"]["gpt2"], 0)
-    found, forward = score_with_policy(policy_of("gpt2"), queries, responses, length=length), tensors("forward/gpt2/")
+    found, forward = score_with_policy(policy_of("gpt2"), queries, responses, padding=padding), tensors("forward/gpt2/")
     keep = forward[f"{how}/mask"]
     close(torch.cat(found.logprobs), forward[f"{how}/logprobs"][keep])
     close(torch.cat(found.values), forward[f"{how}/values"][keep])

@@ -21,7 +21,7 @@ from rlhf_ppo.artifacts import digest_of, sha256
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 Tree = dict[str, Any]
 """Nested dicts and lists of tensors, numbers, texts, booleans and None."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from rlhf_ppo.ppo.experience import Experience
 from rlhf_ppo.ppo.generation import Sampling
+from rlhf_ppo.ppo.models import Padding
 from rlhf_ppo.ppo.rollout import response_entropies
 from rlhf_ppo.ppo.tensors import masked_mean, pad_rows
 
@@ -23,7 +24,9 @@ DIFFERENT = 0.02
 
 
 @torch.no_grad()
-def diagnose_negative_kl(policy: nn.Module, experience: Experience, sampling: Sampling) -> str | None:
+def diagnose_negative_kl(
+    policy: nn.Module, experience: Experience, sampling: Sampling, padding: Padding | None = None
+) -> str | None:
     """The likeliest cause of a negative ``objective/kl``, with its remedy; None where it is not negative.
 
     The estimate Σ(logp - ref_logp) is right on average only for responses that the policy itself sampled with these
@@ -41,7 +44,7 @@ def diagnose_negative_kl(policy: nn.Module, experience: Experience, sampling: Sa
             f"top_p={sampling.top_p}, but log-probabilities are those of the whole distribution: "
             "use do_sample=True, top_k=0, top_p=1"
         )
-    apart, excess, noise = _second_pass(policy, experience, sampling.temperature)
+    apart, excess, noise = _second_pass(policy, experience, sampling.temperature, padding)
     if apart > DIFFERENT:
         return said + (
             f"the log-probabilities recorded while sampling differ from a second pass by {apart:.3f} nats per token: "
@@ -61,15 +64,16 @@ def diagnose_negative_kl(policy: nn.Module, experience: Experience, sampling: Sa
     )
 
 
-def _second_pass(policy: nn.Module, experience: Experience, temperature: float) -> tuple[float, float, float]:
+def _second_pass(
+    policy: nn.Module, experience: Experience, temperature: float, padding: Padding | None
+) -> tuple[float, float, float]:
     """How far the recorded log-probabilities are from the policy's, in nats per token; and what the responses' mean of
     -logp exceeds their entropy by, in nats per response, with its standard error.
     """
     queries, responses = experience.rollout.queries[:LOOKED_AT], experience.rollout.responses[:LOOKED_AT]
-    rows = response_entropies(policy, queries, responses, temperature=temperature)
-    logprobs, entropies = pad_rows(rows[0]), pad_rows(rows[1])
-    mask = experience.mask[: len(responses), : logprobs.shape[1]]
-    recorded = experience.logprobs[: len(responses), : logprobs.shape[1]]
+    rows = response_entropies(policy, queries, responses, temperature=temperature, padding=padding)
+    mask, recorded = experience.mask[: len(responses)], experience.logprobs[: len(responses)]
+    logprobs, entropies = pad_rows(rows[0], 0, mask.shape[1]), pad_rows(rows[1], 0, mask.shape[1])
     excess, noise = _mean_and_error(torch.where(mask, -logprobs - entropies, 0).sum(1))
     return float(masked_mean((recorded - logprobs).abs(), mask)), excess, noise
 

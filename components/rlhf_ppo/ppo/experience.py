@@ -24,7 +24,7 @@ Score = float | Tensor | Sequence[float]
 
 @dataclass(frozen=True)
 class Experience:
-    """One batch, ready for the update. All arrays are (batch, response); entries outside ``mask`` are 0.
+    """One batch, ready for the update, on the host. All arrays are (batch, response); entries outside ``mask`` are 0.
 
     ``earned`` is what the scores gave each token, ``rewards`` the same less the KL penalty.
     """
@@ -44,8 +44,9 @@ class Experience:
 class Update:
     """A PPO step under way. ``order`` holds the rows of the pass ``epoch``, of which ``position`` are done.
 
-    ``seen`` has the statistics of each minibatch, in the order of ``names``; ``norms`` those of the gradients.
-    ``extra`` goes among the step's statistics.
+    ``seen`` has the statistics of each minibatch (n,), in the order of ``names``; ``norms`` of each optimizer step the
+    norm of the gradients, and whether any minibatch counted (2,). Both stay on the device until the end. ``extra`` goes
+    among the step's statistics.
     """
 
     experience: Experience
@@ -59,8 +60,7 @@ class Update:
     optimizer_steps: int = 0
     names: list[str] = field(default_factory=list)
     seen: list[Tensor] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    skipped: int = 0
+    norms: list[Tensor] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
@@ -70,19 +70,11 @@ class Update:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Update:
-        """The inverse of ``state``, on ``device``."""
-        moved: dict[str, Any] = _to(state, device)
-        experience = dict(moved["experience"])
+        """The inverse of ``state``, with ``seen`` and ``norms`` on ``device``."""
+        experience = dict(state["experience"])
         rollout = Rollout(**experience.pop("rollout"))
-        return cls(**{**moved, "experience": Experience(rollout=rollout, **experience)})
-
-
-def _to(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, dict):
-        return {key: _to(value, device) for key, value in tree.items()}
-    return [_to(value, device) for value in tree] if isinstance(tree, list) else tree
+        measured = {name: [row.to(device) for row in state[name]] for name in ("seen", "norms")}
+        return cls(**{**state, **measured, "experience": Experience(rollout=rollout, **experience)})
 
 
 def gathered(
@@ -97,8 +89,7 @@ def gathered(
         return rollout, columns, totals, by_token
     found: dict[str, Any] = {}
     for name, rows in {**vars(rollout), **columns, "totals": totals, "by_token": by_token}.items():
-        sent = [row.cpu() if isinstance(row, Tensor) else row for row in rows or []]
-        found[name] = _to(gather_object(sent), accelerator.device) or None
+        found[name] = gather_object(list(rows or [])) or None
     for name in ("masks", "by_token"):
         if found[name] is not None and len(found[name]) != len(found["totals"]):
             raise InputError(f"{name}: some processes gave them and others did not")
@@ -106,17 +97,19 @@ def gathered(
     return whole, {name: found[name] for name in columns}, found["totals"], found["by_token"]
 
 
-def response_mask(rollout: Rollout) -> Tensor:
-    """(batch, response) booleans: the tokens that count. Raises InputError for a mask of another length."""
+def response_mask(rollout: Rollout, width: int | None = None) -> Tensor:
+    """(batch, response) booleans: the tokens that count; as wide as the longest response, or ``width``.
+
+    Raises InputError for a mask of another length.
+    """
     lengths = [len(response) for response in rollout.responses]
-    device = rollout.responses[0].device
-    mask = length_mask(lengths, device)
+    mask = length_mask(lengths, width=width)
     if rollout.masks is None:
         return mask
     for row, given in enumerate(rollout.masks):
         if len(given) != lengths[row]:
             raise InputError(f"response_masks: row {row} has {len(given)} entries, its response {lengths[row]} tokens")
-    return mask & pad_rows([row.to(device).bool() for row in rollout.masks], False)
+    return mask & pad_rows([row.bool() for row in rollout.masks], False, width)
 
 
 def split_scores(scores: Sequence[Score], responses: Sequence[Tensor]) -> tuple[list[float], list[Tensor] | None]:
@@ -176,7 +169,7 @@ def earned_by_token(shaped: Tensor, factor: float, rows: list[Tensor] | None, ma
     """
     if rows is None:
         return on_last_token(shaped, mask)
-    table = pad_rows(rows).to(mask.device) * factor
+    table = pad_rows(rows, 0, mask.shape[1]) * factor
     if bool((table[~mask] != 0).any()):
         raise InputError("scores: a token that response_masks leaves out earned something: give it 0")
     return table

@@ -11,8 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from rlhf_ppo.errors import InputError
-from rlhf_ppo.ppo.models import ValueHead, accepts, decoder_output, decoder_start, evaluating, head_input
+from rlhf_ppo.ppo.models import (
+    Padding,
+    ValueHead,
+    accepts,
+    check_lengths,
+    decoder_output,
+    decoder_start,
+    device_of,
+    evaluating,
+    head_input,
+)
 from rlhf_ppo.ppo.tensors import length_mask, pad_rows
 
 
@@ -39,7 +48,7 @@ class Sampling:
 
 @dataclass
 class Generated:
-    """Responses and, per response token, log-probability and (with a value head) value; 1-D rows."""
+    """Responses and, per response token, log-probability and (with a value head) value; 1-D rows on the host."""
 
     responses: list[Tensor] = field(default_factory=list)
     logprobs: list[Tensor] = field(default_factory=list)
@@ -64,18 +73,18 @@ def sample(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
     value_head: ValueHead | None = None,
-    prompt_length: int | None = None,
+    padding: Padding | None = None,
 ) -> Generated:
     """Sample one response to each of the 1-D ``queries``, in the order given, with the numbers that ``draw`` gave.
 
     Log-probabilities are those of the tempered policy, before top_k and top_p. Dropout is off. ``progress`` is told how
-    many responses are done. ``prompt_length`` pads all prompts to that length.
+    many responses are done. ``padding`` pads all prompts to its length.
     """
     done = Generated()
     with evaluating(model):
         for start in range(0, len(queries), batch_size):
             chunk = slice(start, start + batch_size)
-            part = _Decoding(model, list(queries[chunk]), sampling, uniform[chunk], value_head, prompt_length).run()
+            part = _Decoding(model, list(queries[chunk]), sampling, uniform[chunk], value_head, padding).run()
             done.responses += part.responses
             done.logprobs += part.logprobs
             done.values += part.values
@@ -94,39 +103,39 @@ class _Decoding:
         sampling: Sampling,
         uniform: Tensor,
         value_head: ValueHead | None,
-        prompt_length: int | None,
+        padding: Padding | None,
     ) -> None:
         self.model, self.sampling, self.value_head = model, sampling, value_head
-        device = queries[0].device
+        device = device_of(model)
         # Gaudi has no fp64: what is drawn moves there as fp32.
         self.uniform = uniform.to(device, torch.float32 if device.type == "hpu" else torch.float64)
         self.rows = torch.arange(len(queries), device=device)
         self.cache: Any = None
         self.encoded: Tensor | None = None
         self.mask: Tensor | None = None
-        self._read(queries, prompt_length)
+        self._read(queries, padding, device)
         shape = (len(queries), sampling.max_new_tokens)
         self.tokens = torch.full(shape, sampling.pad_token_id, device=device)
         self.logprobs = torch.zeros(shape, device=device)
         self.values = torch.zeros(shape, device=device)
         self.lengths = torch.full((len(queries),), sampling.max_new_tokens, device=device)
 
-    def _read(self, queries: list[Tensor], prompt_length: int | None) -> None:
+    def _read(self, queries: list[Tensor], padding: Padding | None, device: torch.device) -> None:
         """Lay the queries out as the first input; those of an encoder-decoder go through the encoder, once."""
-        lengths, device = [len(query) for query in queries], queries[0].device
-        width = prompt_length or max(lengths)
-        if max(lengths) > width:
-            raise InputError(f"pad_max_input_len={width} is less than a prompt of {max(lengths)} tokens; none is cut")
+        lengths = [len(query) for query in queries]
+        width = padding.prompt if padding else max(lengths)
+        if padding is not None:
+            check_lengths(lengths, [], padding)
         self.positions = torch.tensor(lengths, device=device) - 1
         start = decoder_start(self.model)
         if start is None:
             # Left padding: the last column of every row is the newest token.
             flipped = [query.flip(0) for query in queries]
-            self.input_ids = pad_rows(flipped, self.sampling.pad_token_id, width).flip(1)
+            self.input_ids = pad_rows(flipped, self.sampling.pad_token_id, width).flip(1).to(device)
             if min(lengths) < width:
                 self.mask = length_mask(lengths, device, width).flip(1).long()
             return
-        padded = pad_rows(queries, self.sampling.pad_token_id, width)
+        padded = pad_rows(queries, self.sampling.pad_token_id, width).to(device)
         self.mask = length_mask(lengths, device, width).long()
         self.encoded = self.model.get_encoder()(input_ids=padded, attention_mask=self.mask)[0]  # type: ignore[operator]
         self.input_ids = torch.full((len(queries), 1), start, device=device)
@@ -147,7 +156,7 @@ class _Decoding:
         lengths = self.lengths.tolist()
 
         def rows(table: Tensor) -> list[Tensor]:
-            return [row[:length].clone() for row, length in zip(table, lengths, strict=True)]
+            return [row[:length].clone() for row, length in zip(table.cpu(), lengths, strict=True)]
 
         return Generated(rows(self.tokens), rows(self.logprobs), rows(self.values) if self.value_head else [])
 

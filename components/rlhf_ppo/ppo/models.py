@@ -18,6 +18,19 @@ from rlhf_ppo.ppo.tensors import length_mask, logprob_and_entropy, pad_rows
 
 
 @dataclass(frozen=True)
+class Padding:
+    """The fixed lengths of static shapes, in tokens: of a prompt, and of prompt and response together."""
+
+    prompt: int
+    total: int
+
+    @property
+    def response(self) -> int:
+        """The fixed length of a response."""
+        return self.total - self.prompt
+
+
+@dataclass(frozen=True)
 class Sequences:
     """Queries and responses as one right-padded batch.
 
@@ -26,6 +39,9 @@ class Sequences:
     tokens ``tokens`` (n,), row by row. A causal model's tokens never see what stands to their right, so that needs no
     attention mask and padding changes nothing; an encoder has ``encoder_mask`` (batch, length), and the decoder reads
     ``decoder_ids`` (batch, response): the start token and the response without its last.
+
+    With static shapes every row has as many entries in ``index`` and ``tokens``: those beyond its response mean
+    nothing.
     """
 
     input_ids: Tensor
@@ -39,26 +55,50 @@ class Sequences:
         cls,
         queries: Sequence[Tensor],
         responses: Sequence[Tensor],
-        length: int | None = None,
+        padding: Padding | None = None,
         decoder_start: int | None = None,
     ) -> Sequences:
-        """Join the 1-D ``queries`` and ``responses`` row by row, padded to the longest or to ``length``.
+        """Join the 1-D ``queries`` and ``responses``, which the host holds, row by row.
 
-        With ``decoder_start``, an encoder-decoder's start token, each side is padded to ``length`` by itself.
+        They are padded to the longest, or as ``padding`` says. ``decoder_start`` is an encoder-decoder's start token.
+        Raises InputError where a row is longer than ``padding``.
         """
+        lengths, query_lengths = [len(response) for response in responses], [len(query) for query in queries]
+        if padding is None:
+            tokens = torch.cat(list(responses))
+        else:
+            check_lengths(query_lengths, lengths, padding)
+            tokens, lengths = pad_rows(responses, 0, padding.response).flatten(), [padding.response] * len(responses)
         if decoder_start is None:
             rows = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
-            width = _width(rows, length)
-            starts = [len(query) - 1 for query in queries]
-            return cls(pad_rows(rows, 0, width), _positions(starts, responses, width), torch.cat(list(responses)))
+            ids = pad_rows(rows, 0, padding.total if padding else None)
+            starts = [length - 1 for length in query_lengths]
+            return cls(ids, _positions(starts, lengths, ids.shape[1]), tokens)
         shifted = [torch.cat([row.new_tensor([decoder_start]), row[:-1]]) for row in responses]
-        width, query_width = _width(shifted, length), _width(queries, length)
+        queries_ids = pad_rows(queries, 0, padding.prompt if padding else None)
+        decoder_ids = pad_rows(shifted, 0, padding.response if padding else None)
         return cls(
-            pad_rows(queries, 0, query_width),
-            _positions([0] * len(responses), responses, width),
-            torch.cat(list(responses)),
-            length_mask([len(query) for query in queries], queries[0].device, query_width).long(),
-            pad_rows(shifted, 0, width),
+            queries_ids,
+            _positions([0] * len(responses), lengths, decoder_ids.shape[1]),
+            tokens,
+            length_mask(query_lengths, width=queries_ids.shape[1]).long(),
+            decoder_ids,
+        )
+
+    def to(self, device: torch.device) -> Sequences:
+        """The same on ``device``."""
+        return Sequences(**{name: table.to(device) for name, table in vars(self).items() if table is not None})
+
+    def select(self, rows: Tensor) -> Sequences:
+        """The rows of static shapes that ``rows`` (n,) names."""
+        batch, width = (self.input_ids if self.decoder_ids is None else self.decoder_ids).shape
+        moved = (torch.arange(len(rows), device=rows.device) - rows)[:, None] * width
+        return Sequences(
+            self.input_ids.index_select(0, rows),
+            (self.index.view(batch, -1).index_select(0, rows) + moved).flatten(),
+            self.tokens.view(batch, -1).index_select(0, rows).flatten(),
+            None if self.encoder_mask is None else self.encoder_mask.index_select(0, rows),
+            None if self.decoder_ids is None else self.decoder_ids.index_select(0, rows),
         )
 
     def arguments(self) -> dict[str, Any]:
@@ -77,21 +117,22 @@ class Sequences:
         return hidden.flatten(0, 1).index_select(0, self.index)
 
 
-def _width(rows: Sequence[Tensor], length: int | None) -> int:
-    longest = max(len(row) for row in rows)
-    if length is not None and longest > length:
-        raise InputError(f"pad_max_len={length} is less than a prompt and response of {longest} tokens; none is cut")
-    return length or longest
+def check_lengths(queries: Sequence[int], responses: Sequence[int], padding: Padding) -> None:
+    """Raises InputError where a prompt or a response is longer than ``padding``."""
+    if max(queries) > padding.prompt:
+        raise InputError(
+            f"pad_max_input_len={padding.prompt} is less than a prompt of {max(queries)} tokens; none is cut"
+        )
+    if max(responses, default=0) > padding.response:
+        raise InputError(
+            f"pad_max_len={padding.total} less pad_max_input_len={padding.prompt} leaves {padding.response} tokens, "
+            f"and a response has {max(responses)}; none is cut"
+        )
 
 
-def _positions(starts: Sequence[int], responses: Sequence[Tensor], width: int) -> Tensor:
-    device = responses[0].device
-    return torch.cat(
-        [
-            torch.arange(len(response), device=device) + (row * width + start)
-            for row, (start, response) in enumerate(zip(starts, responses, strict=True))
-        ]
-    )
+def _positions(starts: Sequence[int], lengths: Sequence[int], width: int) -> Tensor:
+    rows = enumerate(zip(starts, lengths, strict=True))
+    return torch.cat([torch.arange(length) + (row * width + start) for row, (start, length) in rows])
 
 
 class ValueHead(nn.Module):
@@ -218,6 +259,12 @@ class PolicyWithValueHead(nn.Module):
                 raise InputError(f"value head: {key} {what}; {tuple(parameter.shape)} is needed")
             with torch.no_grad():
                 parameter.copy_(found)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a language model reads its tokens."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    return device
 
 
 def load_model(directory: str | Path, dtype: str = "float32") -> Any:

@@ -9,10 +9,43 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf_ppo.config import PPOConfig
-from rlhf_ppo.ppo.experience import Update
-from rlhf_ppo.ppo.losses import MinibatchLoss, ppo_loss
-from rlhf_ppo.ppo.models import PolicyWithValueHead, Sequences, evaluating
+from rlhf_ppo.ppo.experience import Experience, Update
+from rlhf_ppo.ppo.losses import ppo_loss
+from rlhf_ppo.ppo.models import Padding, PolicyWithValueHead, Sequences, evaluating
+from rlhf_ppo.ppo.setup import step_unless
 from rlhf_ppo.ppo.tensors import Reduce, pad_rows
+
+LEARNED_FROM = ("mask", "logprobs", "values", "advantages", "returns")
+"""What a minibatch needs of the experience."""
+
+SKIPPED = "ppo/policy/skipped_minibatches"
+
+
+class Minibatches:
+    """The batch of an update on the device; with ``padding`` all of it, ready, so that minibatches are only chosen."""
+
+    def __init__(
+        self, experience: Experience, padding: Padding | None, decoder_start: int | None, device: torch.device
+    ) -> None:
+        self.experience, self.decoder_start, self.device = experience, decoder_start, device
+        self.tables = {name: getattr(experience, name).to(device) for name in LEARNED_FROM}
+        rollout = experience.rollout
+        self.whole: Sequences | None = None
+        if padding is not None:
+            self.whole = Sequences.of(rollout.queries, rollout.responses, padding, decoder_start).to(device)
+
+    def of(self, rows: list[int]) -> tuple[Sequences, list[int] | None, dict[str, Tensor]]:
+        """The sequences of ``rows``, how many tokens each has (None: equally many), and (rows, tokens) tables."""
+        chosen = torch.tensor(rows, device=self.device)
+        tables = {name: table.index_select(0, chosen) for name, table in self.tables.items()}
+        if self.whole is not None:
+            return self.whole.select(chosen), None, tables
+        queries, responses = self.experience.rollout.queries, self.experience.rollout.responses
+        sequences = Sequences.of(
+            [queries[row] for row in rows], [responses[row] for row in rows], None, self.decoder_start
+        )
+        lengths = [len(responses[row]) for row in rows]
+        return sequences.to(self.device), lengths, {name: table[:, : max(lengths)] for name, table in tables.items()}
 
 
 class Optimization:
@@ -20,6 +53,9 @@ class Optimization:
 
     The batch is that of all processes: every process draws the same order and takes its rows of each minibatch, so that
     a minibatch holds the same rows however many processes there are.
+
+    What a minibatch gives is read by the host where a pass ends (with early_stopping) or all passes: what has to be
+    skipped is skipped by the device.
     """
 
     def __init__(
@@ -28,10 +64,13 @@ class Optimization:
         accelerator: Accelerator,
         policy: PolicyWithValueHead,
         optimizer: torch.optim.Optimizer,
+        padding: Padding | None,
     ) -> None:
         self.config, self.accelerator, self.policy, self.optimizer = config, accelerator, policy, optimizer
         self.model = accelerator.prepare_model(policy)
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.padding = padding
+        self.minibatches: Minibatches | None = None
 
     def advance(self, update: Update) -> bool:
         """One optimizer step; false where ppo_epochs passes are done, or early_stopping ended them."""
@@ -41,13 +80,13 @@ class Optimization:
             if update.order:
                 update.epoch += 1
                 if update.epoch == config.ppo_epochs or self._went_too_far(update):
+                    self.minibatches = None
                     return False
             update.order, update.position = self._permutation(config.batch_size * world), 0
         rows = update.order[update.position : update.position + config.global_backward_batch_size]
         with evaluating(self.model):
             used = self._accumulate(update, rows)
-        if used:
-            update.norms.append(float(self._apply_gradients()))
+        update.norms.append(self._apply_gradients(used))
         update.position += len(rows)
         update.optimizer_steps += 1
         return True
@@ -60,75 +99,68 @@ class Optimization:
         kl = torch.stack([stats[update.names.index("ppo/policy/kl3")] for stats in of_pass]).mean()
         return bool(kl > 1.5 * self.config.target_kl)
 
-    def _accumulate(self, update: Update, rows: list[int]) -> int:
-        """Add up the gradients of the minibatches of ``rows``; returns how many counted."""
+    def _accumulate(self, update: Update, rows: list[int]) -> Tensor:
+        """Add up the gradients of the minibatches of ``rows``; returns how many counted, a 0-d tensor."""
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
-        size, parts, used = config.mini_batch_size, config.gradient_accumulation_steps, 0
+        size, used = config.mini_batch_size, torch.zeros((), device=self.accelerator.device)
+        minibatches = self._on_device(update.experience)
         for start in range(0, len(rows), size * world):
             last = start + size * world >= len(rows)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 here = start + rank * size
-                loss = self._minibatch(update, rows[here : here + size])
-                update.names = list(loss.stats)
-                update.seen.append(torch.stack(list(loss.stats.values())))
-                skip = bool(loss.skip)
-                update.skipped += skip
-                used += not skip
-                if not skip:
-                    # Each process has its part of the sum, and the processes' gradients are averaged.
-                    self.accelerator.backward(loss.total * (world / parts))
-                elif world > 1 and last:
-                    self.accelerator.backward(self._nothing())
+                used = used + self._minibatch(update, minibatches, rows[here : here + size])
         return used
 
-    def _nothing(self) -> Tensor:
-        """A loss of zero with which all processes meet, so that what they accumulated before is averaged."""
-        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        return torch.stack([parameter.flatten()[0] * 0 for parameter in parameters]).sum()
+    def _on_device(self, experience: Experience) -> Minibatches:
+        if self.minibatches is None or self.minibatches.experience is not experience:
+            start, device = self.policy.decoder_start, self.accelerator.device
+            self.minibatches = Minibatches(experience, self.padding, start, device)
+        return self.minibatches
 
-    def _minibatch(self, update: Update, rows: list[int]) -> MinibatchLoss:
-        experience, config = update.experience, self.config
-        rollout = experience.rollout
-        lengths = [len(rollout.responses[row]) for row in rows]
-        sequences = Sequences.of(
-            [rollout.queries[row] for row in rows],
-            [rollout.responses[row] for row in rows],
-            self.config.pad_max_len or None,
-            self.policy.decoder_start,
-        )
+    def _minibatch(self, update: Update, minibatches: Minibatches, rows: list[int]) -> Tensor:
+        """Add up the gradients of a minibatch, zeros where it is skipped; returns whether it counted, a 0-d tensor."""
+        config = self.config
+        sequences, lengths, tables = minibatches.of(rows)
         outputs = self.model(sequences, update.temperature)
-        logprobs, values, entropy = (pad_rows(list(flat.split(lengths))) for flat in outputs)
-        width = logprobs.shape[1]
-
-        def of(table: Tensor) -> Tensor:
-            return table[rows, :width]
-
-        return ppo_loss(
-            logprobs=logprobs,
-            values=values,
+        logprobs, values, entropy = (_as_rows(flat, lengths, len(rows)) for flat in outputs)
+        of_policy, of_values = logprobs.detach().requires_grad_(), values.detach().requires_grad_()
+        loss = ppo_loss(
+            logprobs=of_policy,
+            values=of_values,
             entropy=entropy,
-            old_logprobs=of(experience.logprobs),
-            old_values=of(experience.values),
-            advantages=of(experience.advantages),
-            returns=of(experience.returns),
-            mask=of(experience.mask),
+            old_logprobs=tables["logprobs"],
+            old_values=tables["values"],
+            advantages=tables["advantages"],
+            returns=tables["returns"],
+            mask=tables["mask"],
             cliprange=config.cliprange,
             cliprange_value=config.cliprange_value,
             vf_coef=config.vf_coef,
             ratio_threshold=config.ratio_threshold,
             reduce=self._reduce,
         )
+        # Each process has its part of the sum, and the processes' gradients are averaged.
+        scaled = loss.total * (self.accelerator.num_processes / config.gradient_accumulation_steps)
+        gradients = torch.autograd.grad(scaled, (of_policy, of_values))
+        # An infinite ratio has infinite gradients: they are replaced, not multiplied by zero.
+        torch.autograd.backward((logprobs, values), [torch.where(loss.skip, 0, gradient) for gradient in gradients])
+        update.names = [*loss.stats, SKIPPED]
+        update.seen.append(torch.stack([*loss.stats.values(), loss.skip.float()]))
+        return (~loss.skip).float()
 
-    def _apply_gradients(self) -> Tensor:
-        """One optimizer step, clipped on every step, not taken where the gradient isn't finite; returns its norm."""
+    def _apply_gradients(self, used: Tensor) -> Tensor:
+        """One optimizer step, clipped on every step; returns the gradient's norm, and 1 where any minibatch counted.
+
+        It is not taken where none did, or the gradient isn't finite.
+        """
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if bool(torch.isfinite(norm)):
-            if self.config.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
-            self.optimizer.step()
+        skip = (used == 0) | ~torch.isfinite(norm)
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
+        step_unless(self.optimizer, skip)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
+        return torch.stack([norm, (used > 0).float()])
 
     @property
     def _reduce(self) -> Reduce | None:
@@ -138,3 +170,8 @@ class Optimization:
 
     def _permutation(self, size: int) -> list[int]:
         return torch.randperm(size, generator=self.generator).tolist()
+
+
+def _as_rows(flat: Tensor, lengths: list[int] | None, rows: int) -> Tensor:
+    """What ``flat`` (n,) has of each row, (rows, longest of ``lengths``, or n / rows)."""
+    return flat.view(rows, -1) if lengths is None else pad_rows(list(flat.split(lengths)))

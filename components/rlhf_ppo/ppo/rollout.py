@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ppo.ppo.advantages import full_kl
-from rlhf_ppo.ppo.models import PolicyWithValueHead, Sequences, decoder_start, evaluating, response_logits
+from rlhf_ppo.ppo.models import (
+    Padding,
+    PolicyWithValueHead,
+    Sequences,
+    decoder_start,
+    device_of,
+    evaluating,
+    response_logits,
+)
 from rlhf_ppo.ppo.tensors import logprob_and_entropy, token_logprobs
 
 SCORING_TOKENS = 1024
@@ -19,7 +27,7 @@ SCORING_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Rollout:
-    """Queries, responses, and what the policy that sampled them said per response token; lists of 1-D rows.
+    """Queries, responses, and what the policy that sampled them said per response token; 1-D rows on the host.
 
     ``masks`` has a row of booleans per response where only some of its tokens are the policy's own (a conversation of
     several turns); None where all are.
@@ -49,17 +57,40 @@ def batches_by_length(lengths: Sequence[int], tokens: int = SCORING_TOKENS) -> I
 
 
 def _batches(
-    queries: Sequence[Tensor], responses: Sequence[Tensor], length: int | None, start: int | None
-) -> Iterator[tuple[list[int], list[int], Sequences]]:
-    lengths = [length or len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    padding: Padding | None,
+    model: nn.Module,
+) -> Iterator[tuple[list[int], Sequences]]:
+    """Row numbers in batches, with what ``model`` reads of them, on its device.
+
+    With static shapes all batches have as many rows; the first row fills the last batch up, and counts once.
+    """
+    lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
+    size = 1
+    if padding is not None:
+        lengths = [padding.total] * len(lengths)
+        size = min(max(SCORING_TOKENS // padding.total, 1), len(lengths))
+    start, device = decoder_start(model), device_of(model)
     for rows in batches_by_length(lengths):
-        sequences = Sequences.of([queries[row] for row in rows], [responses[row] for row in rows], length, start)
-        yield rows, [len(responses[row]) for row in rows], sequences
+        whole = rows + rows[:1] * (size - len(rows))
+        sequences = Sequences.of([queries[row] for row in whole], [responses[row] for row in whole], padding, start)
+        yield rows, sequences.to(device)
 
 
-def _place(into: list[Tensor], rows: list[int], sizes: list[int], values: Tensor) -> None:
-    for row, part in zip(rows, values.split(sizes), strict=True):
-        into[row] = part
+class _Rows:
+    """What a batch's response tokens gave, (n,), as 1-D rows on the host, each as long as its response."""
+
+    def __init__(self, responses: Sequence[Tensor], padding: Padding | None) -> None:
+        self.sizes = [len(response) for response in responses]
+        self.padding = padding
+        self.found = [torch.empty(0)] * len(responses)
+
+    def place(self, rows: list[int], flat: Tensor) -> None:
+        sizes = [self.sizes[row] for row in rows]
+        parts = flat.cpu().split(sizes if self.padding is None else self.padding.response)
+        for row, part, size in zip(rows, parts, sizes, strict=False):
+            self.found[row] = part[:size]
 
 
 @torch.no_grad()
@@ -69,15 +100,15 @@ def response_logprobs(
     responses: Sequence[Tensor],
     *,
     temperature: float = 1.0,
-    length: int | None = None,
+    padding: Padding | None = None,
 ) -> list[Tensor]:
     """Log-probability of every response token under ``model``, one 1-D row per response; dropout is off."""
-    found = [torch.empty(0)] * len(queries)
+    found = _Rows(responses, padding)
     with evaluating(model):
-        for rows, sizes, sequences in _batches(queries, responses, length, decoder_start(model)):
+        for rows, sequences in _batches(queries, responses, padding, model):
             logits, _ = response_logits(model, sequences)
-            _place(found, rows, sizes, token_logprobs(logits / temperature, sequences.tokens))
-    return found
+            found.place(rows, token_logprobs(logits / temperature, sequences.tokens))
+    return found.found
 
 
 @torch.no_grad()
@@ -87,43 +118,48 @@ def score_with_policy(
     responses: Sequence[Tensor],
     *,
     temperature: float = 1.0,
-    length: int | None = None,
+    padding: Padding | None = None,
 ) -> Rollout:
     """The rollout of responses that were sampled elsewhere."""
-    logprobs, values = [torch.empty(0)] * len(queries), [torch.empty(0)] * len(queries)
+    logprobs, values = _Rows(responses, padding), _Rows(responses, padding)
     with evaluating(policy):
-        for rows, sizes, sequences in _batches(queries, responses, length, policy.decoder_start):
+        for rows, sequences in _batches(queries, responses, padding, policy.pretrained_model):
             logp, value, _ = policy(sequences, temperature)
-            _place(logprobs, rows, sizes, logp)
-            _place(values, rows, sizes, value)
-    return Rollout(list(queries), list(responses), logprobs, values)
+            logprobs.place(rows, logp)
+            values.place(rows, value)
+    return Rollout(list(queries), list(responses), logprobs.found, values.found)
 
 
 @torch.no_grad()
 def critic_values(
-    policy: PolicyWithValueHead, queries: Sequence[Tensor], responses: Sequence[Tensor], length: int | None = None
+    policy: PolicyWithValueHead, queries: Sequence[Tensor], responses: Sequence[Tensor], padding: Padding | None = None
 ) -> list[Tensor]:
     """The separate critic's value before every response token, one 1-D row per response."""
-    found = [torch.empty(0)] * len(queries)
+    found = _Rows(responses, padding)
     with evaluating(policy):
-        for rows, sizes, sequences in _batches(queries, responses, length, policy.decoder_start):
-            _place(found, rows, sizes, policy.critic_values(sequences))
-    return found
+        for rows, sequences in _batches(queries, responses, padding, policy.pretrained_model):
+            found.place(rows, policy.critic_values(sequences))
+    return found.found
 
 
 @torch.no_grad()
 def response_entropies(
-    model: nn.Module, queries: Sequence[Tensor], responses: Sequence[Tensor], *, temperature: float = 1.0
+    model: nn.Module,
+    queries: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    padding: Padding | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probability and entropy (nats) at every response token under ``model``; 1-D rows."""
-    logprobs, entropies = [torch.empty(0)] * len(queries), [torch.empty(0)] * len(queries)
+    logprobs, entropies = _Rows(responses, padding), _Rows(responses, padding)
     with evaluating(model):
-        for rows, sizes, sequences in _batches(queries, responses, None, decoder_start(model)):
+        for rows, sequences in _batches(queries, responses, padding, model):
             logits, _ = response_logits(model, sequences)
             logp, entropy = logprob_and_entropy(logits / temperature, sequences.tokens)
-            _place(logprobs, rows, sizes, logp)
-            _place(entropies, rows, sizes, entropy)
-    return logprobs, entropies
+            logprobs.place(rows, logp)
+            entropies.place(rows, entropy)
+    return logprobs.found, entropies.found
 
 
 @torch.no_grad()
@@ -134,17 +170,17 @@ def response_full_kl(
     responses: Sequence[Tensor],
     *,
     temperature: float = 1.0,
-    length: int | None = None,
+    padding: Padding | None = None,
 ) -> list[Tensor]:
     """KL(policy || reference) over the vocabulary at every response token; only one batch's logits are ever held.
 
     ``reference`` opens a context that gives the reference model (which may be the policy without its adapters).
     """
-    found = [torch.empty(0)] * len(queries)
+    found = _Rows(responses, padding)
     with evaluating(policy):
-        for rows, sizes, sequences in _batches(queries, responses, length, decoder_start(policy)):
+        for rows, sequences in _batches(queries, responses, padding, policy):
             logits, _ = response_logits(policy, sequences)
             with reference() as model:
                 ref_logits, _ = response_logits(model, sequences)
-            _place(found, rows, sizes, full_kl(logits / temperature, ref_logits / temperature))
-    return found
+            found.place(rows, full_kl(logits / temperature, ref_logits / temperature))
+    return found.found

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from torch import Tensor
 
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.errors import InputError
@@ -40,3 +41,19 @@ def adam(policy: PolicyWithValueHead, learning_rate: float, critic_learning_rate
     groups = [group for group in groups if group["params"]]
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in policy.parameters())
     return torch.optim.Adam(groups, lr=learning_rate, fused=fused or None)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """One step of ``optimizer``, left out without a trace where the 0-d ``skip`` is true.
+
+    A fused optimizer leaves it out on the device; for another the host reads ``skip``.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        fused: Any = optimizer
+        fused.grad_scale, fused.found_inf = None, skip.float()
+        try:
+            optimizer.step()
+        finally:
+            del fused.grad_scale, fused.found_inf
+    elif not bool(skip):
+        optimizer.step()

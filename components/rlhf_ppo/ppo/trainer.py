@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,8 @@ from rlhf_ppo.ppo.experience import (
 )
 from rlhf_ppo.ppo.generation import Sampling, draw, sample
 from rlhf_ppo.ppo.kl_control import KLController, RunningMoments
-from rlhf_ppo.ppo.models import PolicyWithValueHead
-from rlhf_ppo.ppo.optimization import Optimization
+from rlhf_ppo.ppo.models import Padding, PolicyWithValueHead
+from rlhf_ppo.ppo.optimization import SKIPPED, Optimization
 from rlhf_ppo.ppo.rollout import Rollout, critic_values, response_full_kl, response_logprobs, score_with_policy
 from rlhf_ppo.ppo.setup import adam, make_accelerator
 from rlhf_ppo.ppo.statistics import Clock, batch_statistics
@@ -94,7 +95,8 @@ class PPOTrainer:
         self.lr_scheduler = lr_scheduler
         self.controller_kl, self.missing_eos_penalty = controller_kl, missing_eos_penalty
         self.between_updates = between_updates
-        self.optimization = Optimization(self.config, self.accelerator, self.policy, self.optimizer)
+        self.padding = Padding(config.pad_max_input_len, config.pad_max_len) if config.pad_for_acceleration else None
+        self.optimization = Optimization(self.config, self.accelerator, self.policy, self.optimizer, self.padding)
         self.kl_controller = KLController(config.init_kl_coef, config.target, config.horizon, config.adap_kl_ctrl)
         self.moments = RunningMoments()
         # In the same state on all processes; of what is drawn each takes its own rows.
@@ -119,7 +121,7 @@ class PPOTrainer:
 
         Every process must give equally many; each has its own part of one stream of random numbers.
         """
-        queries = [query.to(self.device) for query in queries]
+        queries = [query.cpu() for query in queries]
         sampling, here = sampling or self.sampling, self.accelerator.process_index * len(queries)
         uniform = draw(len(queries) * self.accelerator.num_processes, sampling.max_new_tokens, self.sampling_generator)
         critic = self.policy.critic is not None
@@ -131,11 +133,11 @@ class PPOTrainer:
                 uniform[here : here + len(queries)],
                 batch_size,
                 value_head=None if critic else self.policy.v_head,
-                prompt_length=self.config.pad_max_input_len or None,
+                padding=self.padding,
             )
             values = generated.values
             if critic:
-                values = critic_values(self.policy, queries, generated.responses, self._length)
+                values = critic_values(self.policy, queries, generated.responses, self.padding)
         return Rollout(queries, generated.responses, generated.logprobs, values)
 
     # 2. Step
@@ -157,12 +159,12 @@ class PPOTrainer:
         with self.accelerator.autocast():
             scored = score_with_policy(
                 self.policy,
-                [query.to(self.device) for query in queries],
-                [response.to(self.device) for response in responses],
+                [query.cpu() for query in queries],
+                [response.cpu() for response in responses],
                 temperature=self.sampling.temperature,
-                length=self._length,
+                padding=self.padding,
             )
-        masks = None if response_masks is None else list(response_masks)
+        masks = None if response_masks is None else [mask.cpu() for mask in response_masks]
         rollout = Rollout(scored.queries, scored.responses, scored.logprobs, scored.values, masks)
         self.begin_update(rollout, scores, {"time/ppo/second_pass": time.perf_counter() - started})
         return self.finish_update()
@@ -218,14 +220,14 @@ class PPOTrainer:
         if self.missing_eos_penalty:
             fined = fine(raw_scores, by_token, rollout.ended(self.sampling.eos_token_ids), self.missing_eos_penalty)
         shaped, factor = shaped_for(self.config, fined, self.moments, by_token is not None)
-        mask = response_mask(rollout)
-        earned = earned_by_token(shaped.to(self.device), factor, by_token, mask)
+        mask = response_mask(rollout, self._width)
+        earned = earned_by_token(shaped, factor, by_token, mask)
         experience = self._experience(rollout, mask, earned, columns)
         kls = self._kl(experience.logprobs, experience.ref_logprobs, columns, self.controller_kl)
         kl = float(masked_sum(kls, mask)) / len(totals)
         update = Update(experience, self.sampling.temperature, shaped, raw_scores, kl)
         with self.accelerator.autocast():
-            note = diagnose_negative_kl(self.policy.pretrained_model, experience, self.sampling)
+            note = diagnose_negative_kl(self.policy.pretrained_model, experience, self.sampling, self.padding)
         if note:
             update.extra["objective/kl_diagnosis"] = note
         clock.lap("time/ppo/compute_advantages")
@@ -234,16 +236,16 @@ class PPOTrainer:
 
     def _reference_rows(self, rollout: Rollout, *, full: bool) -> dict[str, list[Tensor]]:
         """The reference's log-probabilities and, where it is asked for, the exact KL per token."""
-        temperature, length = self.sampling.temperature, self._length
+        temperature, padding = self.sampling.temperature, self.padding
         queries, responses = rollout.queries, rollout.responses
         with self.accelerator.autocast():
             with self._reference_model() as reference:
-                logprobs = response_logprobs(reference, queries, responses, temperature=temperature, length=length)
+                logprobs = response_logprobs(reference, queries, responses, temperature=temperature, padding=padding)
             if not full:
                 return {"ref": logprobs}
             policy = self.policy.pretrained_model
             exact = response_full_kl(
-                policy, self._reference_model, queries, responses, temperature=temperature, length=length
+                policy, self._reference_model, queries, responses, temperature=temperature, padding=padding
             )
         return {"ref": logprobs, "full": exact}
 
@@ -251,7 +253,8 @@ class PPOTrainer:
         self, rollout: Rollout, mask: Tensor, earned: Tensor, columns: dict[str, list[Tensor]]
     ) -> Experience:
         logprobs, ref_logprobs, values = (
-            torch.where(mask, pad_rows(rows), 0) for rows in (rollout.logprobs, columns["ref"], rollout.values)
+            torch.where(mask, pad_rows(rows, 0, self._width), 0)
+            for rows in (rollout.logprobs, columns["ref"], rollout.values)
         )
         penalties = self._kl(logprobs, ref_logprobs, columns, self.config.kl_penalty)
         rewards = token_rewards(earned, penalties, mask, self.kl_controller.value)
@@ -265,25 +268,30 @@ class PPOTrainer:
         )
         return Experience(rollout, mask, logprobs, ref_logprobs, values, earned, rewards, advantages, returns)
 
-    @staticmethod
-    def _kl(logprobs: Tensor, ref_logprobs: Tensor, columns: dict[str, list[Tensor]], kind: str) -> Tensor:
-        return pad_rows(columns["full"]) if kind == "full" else kl_penalty(logprobs, ref_logprobs, kind)
+    def _kl(self, logprobs: Tensor, ref_logprobs: Tensor, columns: dict[str, list[Tensor]], kind: str) -> Tensor:
+        return pad_rows(columns["full"], 0, self._width) if kind == "full" else kl_penalty(logprobs, ref_logprobs, kind)
 
     # 4. Statistics
 
     def _conclude(self, update: Update) -> dict[str, Any]:
         """The statistics of the step; the KL coefficient and the scheduler go on."""
         ended = update.experience.rollout.ended(self.sampling.eos_token_ids)
-        means = torch.stack(update.seen).mean(0).tolist()
+        # The one read of what the device measured.
+        measured = torch.cat([*update.seen, *update.norms]).tolist()
+        minibatches, width = len(update.seen), len(update.names)
+        columns = [measured[place : minibatches * width : width] for place in range(width)]
+        norms = measured[minibatches * width :]
+        counted = [norm for norm, any_used in zip(norms[::2], norms[1::2], strict=True) if any_used]
+        means = {name: math.fsum(column) / minibatches for name, column in zip(update.names, columns, strict=True)}
         stats: dict[str, Any] = {
-            **dict(zip(update.names, means, strict=True)),
+            **means,
             **batch_statistics(update.experience, update.scores, update.raw_scores, update.controller_kl),
             **update.extra,
             "objective/kl_coef": self.kl_controller.value,
             "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "ppo/policy/skipped_minibatches": update.skipped,
-            "ppo/policy/minibatches": len(update.seen),
-            "ppo/grad_norm": sum(update.norms) / len(update.norms) if update.norms else 0.0,
+            SKIPPED: round(means[SKIPPED] * minibatches),
+            "ppo/policy/minibatches": minibatches,
+            "ppo/grad_norm": sum(counted) / len(counted) if counted else 0.0,
             "tokens/responses_ended": sum(ended) / len(ended),
         }
         self.kl_controller.update(update.controller_kl, len(update.scores))
@@ -352,8 +360,9 @@ class PPOTrainer:
         return [(name, value) for name, value in self.policy.named_parameters() if value.requires_grad]
 
     @property
-    def _length(self) -> int | None:
-        return self.config.pad_max_len or None
+    def _width(self) -> int | None:
+        """Of the experience's arrays, where it is fixed."""
+        return self.padding.response if self.padding else None
 
     @contextmanager
     def _reference_model(self) -> Iterator[nn.Module]:
