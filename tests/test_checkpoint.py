@@ -194,5 +194,5 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("rlhf_ppo.checkpoint.FORMAT", 99)
     CheckpointStore(tmp_path, {}, 2).save("step-00000001-000000", {}, wait=True)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="has the format 99, and this version reads 1"):
+    with pytest.raises(InputError, match="has the format 99, and this version reads"):
         CheckpointStore(tmp_path, {}, 2).latest()

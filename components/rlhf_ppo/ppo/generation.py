@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf_ppo.ppo.models import (
@@ -23,6 +24,9 @@ from rlhf_ppo.ppo.models import (
     head_input,
 )
 from rlhf_ppo.ppo.tensors import length_mask, pad_rows
+
+ASKED_EVERY = 8
+"""With fixed shapes: the tokens after which the host asks whether all responses have ended."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,23 @@ def sample(
     """Sample one response to each of the 1-D ``queries``, in the order given, with the numbers that ``draw`` gave.
 
     Log-probabilities are those of the tempered policy, before top_k and top_p. Dropout is off. ``progress`` is told how
-    many responses are done. ``padding`` pads all prompts to its length.
+    many responses are done. With ``padding`` every batch has the same shapes.
     """
     done = Generated()
     with evaluating(model):
         for start in range(0, len(queries), batch_size):
             chunk = slice(start, start + batch_size)
-            part = _Decoding(model, list(queries[chunk]), sampling, uniform[chunk], value_head, padding).run()
-            done.responses += part.responses
-            done.logprobs += part.logprobs
-            done.values += part.values
+            part, here = list(queries[chunk]), uniform[chunk]
+            if padding is None:
+                found = _Decoding(model, part, sampling, here, value_head).run()
+            else:
+                # The first row fills the last batch up, and counts once.
+                missing = min(batch_size, len(queries)) - len(part)
+                whole, numbers = part + part[:1] * missing, torch.cat([here, here[:1].expand(missing, -1)])
+                found = _FixedDecoding(model, whole, sampling, numbers, value_head, padding).run()
+            done.responses += found.responses[: len(part)]
+            done.logprobs += found.logprobs[: len(part)]
+            done.values += found.values[: len(part)]
             if progress is not None:
                 progress(len(done.responses))
     return done
@@ -103,7 +114,7 @@ class _Decoding:
         sampling: Sampling,
         uniform: Tensor,
         value_head: ValueHead | None,
-        padding: Padding | None,
+        padding: Padding | None = None,
     ) -> None:
         self.model, self.sampling, self.value_head = model, sampling, value_head
         device = device_of(model)
@@ -111,6 +122,7 @@ class _Decoding:
         self.uniform = uniform.to(device, torch.float32 if device.type == "hpu" else torch.float64)
         self.rows = torch.arange(len(queries), device=device)
         self.cache: Any = None
+        self.first = True
         self.encoded: Tensor | None = None
         self.mask: Tensor | None = None
         self._read(queries, padding, device)
@@ -123,11 +135,11 @@ class _Decoding:
     def _read(self, queries: list[Tensor], padding: Padding | None, device: torch.device) -> None:
         """Lay the queries out as the first input; those of an encoder-decoder go through the encoder, once."""
         lengths = [len(query) for query in queries]
-        width = padding.prompt if padding else max(lengths)
+        start = decoder_start(self.model)
+        width = padding.query if padding else max(lengths)
         if padding is not None:
             check_lengths(lengths, [], padding)
         self.positions = torch.tensor(lengths, device=device) - 1
-        start = decoder_start(self.model)
         if start is None:
             # Left padding: the last column of every row is the newest token.
             flipped = [query.flip(0) for query in queries]
@@ -153,6 +165,9 @@ class _Decoding:
             self.lengths[self.rows[ended]] = self.lengths[self.rows[ended]].clamp(max=step + 1)
             if not self._advance(tokens):
                 break
+        return self._generated()
+
+    def _generated(self) -> Generated:
         lengths = self.lengths.tolist()
 
         def rows(table: Tensor) -> list[Tensor]:
@@ -177,7 +192,7 @@ class _Decoding:
                     use_cache=True,
                 )
                 hidden = caught[0][:, -1]
-        self.cache = output.past_key_values
+        self.cache, self.first = output.past_key_values, False
         return output.logits[0].float(), hidden
 
     def _decoder_only_arguments(self) -> dict[str, Any]:
@@ -185,9 +200,12 @@ class _Decoding:
         if self.mask is not None:
             arguments["attention_mask"] = self.mask
             if accepts(self.model, "position_ids"):
-                first = self.cache is None
-                arguments["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0) if first else self.positions[:, None]
+                arguments["position_ids"] = self._first_positions() if self.first else self.positions[:, None]
         return arguments
+
+    def _first_positions(self) -> Tensor:
+        assert self.mask is not None
+        return (self.mask[:, : self.input_ids.shape[1]].cumsum(1) - 1).clamp(min=0)
 
     def _advance(self, tokens: Tensor) -> bool:
         """Make ``tokens`` the next input, without the rows that have ended; false where none is left."""
@@ -207,6 +225,58 @@ class _Decoding:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.input_ids = tokens[:, None]
         return True
+
+
+class _FixedDecoding(_Decoding):
+    """One batch whose shapes never change: the cache has room for all tokens, and rows that have ended stay."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        queries: list[Tensor],
+        sampling: Sampling,
+        uniform: Tensor,
+        value_head: ValueHead | None,
+        padding: Padding,
+    ) -> None:
+        super().__init__(model, queries, sampling, uniform, value_head, padding)
+        device, rows, new = self.rows.device, len(queries), sampling.max_new_tokens
+        room = new if self.encoded is not None else padding.query + new
+        kept: Any = StaticCache(
+            config=model.config,  # type: ignore[arg-type]
+            max_cache_len=room,
+            max_batch_size=rows,
+            device=device,
+            dtype=model.dtype,
+        )
+        if self.encoded is not None:
+            self.cache = EncoderDecoderCache(kept, DynamicCache())
+            return
+        self.cache = kept
+        assert self.mask is not None
+        self.mask = torch.cat([self.mask, self.mask.new_ones(rows, new)], 1)
+
+    def run(self) -> Generated:
+        sampling, device = self.sampling, self.rows.device
+        ends = torch.tensor(sampling.eos_token_ids, device=device)
+        ended = torch.zeros(len(self.rows), dtype=torch.bool, device=device)
+        step = torch.zeros(1, dtype=torch.long, device=device)
+        self.lengths.zero_()
+        for number in range(sampling.max_new_tokens):
+            logits, hidden = self._forward()
+            tokens, logprobs = _choose(logits, sampling, self.uniform.index_select(1, step).squeeze(1))
+            tokens = torch.where(ended, sampling.pad_token_id, tokens)
+            self.tokens.index_copy_(1, step, tokens[:, None])
+            self.logprobs.index_copy_(1, step, logprobs[:, None])
+            if self.value_head is not None:
+                self.values.index_copy_(1, step, self.value_head(hidden)[:, None])
+            self.lengths += ~ended
+            ended = ended | torch.isin(tokens, ends)
+            self.input_ids, self.positions, step = tokens[:, None], self.positions + 1, step + 1
+            # To ask costs a wait for the device.
+            if number % ASKED_EVERY == ASKED_EVERY - 1 and bool(ended.all()):
+                break
+        return self._generated()
 
 
 def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,13 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.tensors import length_mask, logprob_and_entropy, pad_rows
@@ -29,6 +30,14 @@ class Padding:
         """The fixed length of a response."""
         return self.total - self.prompt
 
+    @property
+    def query(self) -> int:
+        """The width of a batch of prompts that has a mask.
+
+        transformers goes another way where a mask hides nothing, so that one place more is always hidden.
+        """
+        return self.prompt + 1
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -40,8 +49,8 @@ class Sequences:
     attention mask and padding changes nothing; an encoder has ``encoder_mask`` (batch, length), and the decoder reads
     ``decoder_ids`` (batch, response): the start token and the response without its last.
 
-    With static shapes every row has as many entries in ``index`` and ``tokens``: those beyond its response mean
-    nothing.
+    With static shapes (``static``) every row has as many entries in ``index`` and ``tokens``: those beyond its response
+    mean nothing.
     """
 
     input_ids: Tensor
@@ -49,6 +58,7 @@ class Sequences:
     tokens: Tensor
     encoder_mask: Tensor | None = None
     decoder_ids: Tensor | None = None
+    static: bool = False
 
     @classmethod
     def of(
@@ -73,9 +83,10 @@ class Sequences:
             rows = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             ids = pad_rows(rows, 0, padding.total if padding else None)
             starts = [length - 1 for length in query_lengths]
-            return cls(ids, _positions(starts, lengths, ids.shape[1]), tokens)
+            index = _positions(starts, lengths, ids.shape[1])
+            return cls(ids, index, tokens, static=padding is not None)
         shifted = [torch.cat([row.new_tensor([decoder_start]), row[:-1]]) for row in responses]
-        queries_ids = pad_rows(queries, 0, padding.prompt if padding else None)
+        queries_ids = pad_rows(queries, 0, padding.query if padding else None)
         decoder_ids = pad_rows(shifted, 0, padding.response if padding else None)
         return cls(
             queries_ids,
@@ -83,11 +94,13 @@ class Sequences:
             tokens,
             length_mask(query_lengths, width=queries_ids.shape[1]).long(),
             decoder_ids,
+            padding is not None,
         )
 
     def to(self, device: torch.device) -> Sequences:
         """The same on ``device``."""
-        return Sequences(**{name: table.to(device) for name, table in vars(self).items() if table is not None})
+        tables: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tables)
 
     def select(self, rows: Tensor) -> Sequences:
         """The rows of static shapes that ``rows`` (n,) names."""
@@ -99,12 +112,14 @@ class Sequences:
             self.tokens.view(batch, -1).index_select(0, rows).flatten(),
             None if self.encoder_mask is None else self.encoder_mask.index_select(0, rows),
             None if self.decoder_ids is None else self.decoder_ids.index_select(0, rows),
+            static=True,
         )
 
     def arguments(self) -> dict[str, Any]:
         """What a model's forward is called with."""
         if self.decoder_ids is None:
-            return {"input_ids": self.input_ids, "use_cache": False}
+            unread = {"past_key_values": Nothing()} if self.static else {}
+            return {"input_ids": self.input_ids, "use_cache": False, **unread}
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.encoder_mask,
@@ -115,6 +130,35 @@ class Sequences:
     def choose(self, hidden: Tensor) -> Tensor:
         """Of (batch, length, hidden) the n positions that predict a response token, (n, hidden)."""
         return hidden.flatten(0, 1).index_select(0, self.index)
+
+
+class Nothing(Cache):
+    """A cache that keeps nothing. A model that has one does not look at its positions on the host for packed texts."""
+
+    is_compileable = False
+    is_sliding = is_linear = is_dummy = [False]  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.layers: list[Any] = []
+
+    def __len__(self) -> int:
+        return 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The given keys and values."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """No token was seen."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The first query is the first token."""
+        return 0
+
+    def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """As many keys as queries (transformers 4 gives their positions), from the first."""
+        return (query if isinstance(query, int) else len(query)), 0
 
 
 def check_lengths(queries: Sequence[int], responses: Sequence[int], padding: Padding) -> None:
@@ -213,6 +257,10 @@ def response_logits(model: nn.Module, sequences: Sequences) -> tuple[Tensor, Ten
     return output.logits[0], hidden[0]
 
 
+def _say_nothing(*_: Any) -> None:
+    pass
+
+
 class PolicyWithValueHead(nn.Module):
     """A language model (plain or with adapters, decoder-only or encoder-decoder) and its value.
 
@@ -224,6 +272,10 @@ class PolicyWithValueHead(nn.Module):
         super().__init__()
         self.pretrained_model = pretrained_model
         self.critic = critic
+        for module in self.modules():
+            # It looks for padding on the host in every pass, and would be wrong: what is padded is never read.
+            if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+                module.warn_if_padding_and_no_attention_mask = _say_nothing  # type: ignore[assignment]
         self.decoder_start = decoder_start(pretrained_model)
         head: nn.Linear = pretrained_model.get_output_embeddings()  # type: ignore[operator]
         self.v_head = ValueHead(head.weight.shape[-1]).to(head.weight.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.ppo.experience import Experience, Update
 from rlhf_ppo.ppo.losses import ppo_loss
-from rlhf_ppo.ppo.models import Padding, PolicyWithValueHead, Sequences, evaluating
+from rlhf_ppo.ppo.models import Padding, PolicyWithValueHead, Sequences, device_of, evaluating
 from rlhf_ppo.ppo.setup import step_unless
 from rlhf_ppo.ppo.tensors import Reduce, pad_rows
 
@@ -67,7 +67,8 @@ class Optimization:
         padding: Padding | None,
     ) -> None:
         self.config, self.accelerator, self.policy, self.optimizer = config, accelerator, policy, optimizer
-        self.model = accelerator.prepare_model(policy)
+        self.model = accelerator.prepare_model(policy, device_placement=False)
+        self.device = device_of(policy.pretrained_model)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.padding = padding
         self.minibatches: Minibatches | None = None
@@ -102,7 +103,7 @@ class Optimization:
     def _accumulate(self, update: Update, rows: list[int]) -> Tensor:
         """Add up the gradients of the minibatches of ``rows``; returns how many counted, a 0-d tensor."""
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
-        size, used = config.mini_batch_size, torch.zeros((), device=self.accelerator.device)
+        size, used = config.mini_batch_size, torch.zeros((), device=self.device)
         minibatches = self._on_device(update.experience)
         for start in range(0, len(rows), size * world):
             last = start + size * world >= len(rows)
@@ -113,8 +114,7 @@ class Optimization:
 
     def _on_device(self, experience: Experience) -> Minibatches:
         if self.minibatches is None or self.minibatches.experience is not experience:
-            start, device = self.policy.decoder_start, self.accelerator.device
-            self.minibatches = Minibatches(experience, self.padding, start, device)
+            self.minibatches = Minibatches(experience, self.padding, self.policy.decoder_start, self.device)
         return self.minibatches
 
     def _minibatch(self, update: Update, minibatches: Minibatches, rows: list[int]) -> Tensor:

@@ -30,7 +30,54 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     return accelerator
 
 
-def adam(policy: PolicyWithValueHead, learning_rate: float, critic_learning_rate: float | None) -> torch.optim.Adam:
+class Adam(torch.optim.Optimizer):
+    """Adam (Kingma and Ba 2015) where torch has no fused one: it needs no host, and steps can be skipped on the device.
+
+    Its state is that of torch.optim.Adam.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None, *, skip: Tensor | None = None) -> None:  # type: ignore[override]
+        """One step; where the 0-d boolean ``skip`` is true nothing changes, whatever the gradients are."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._step(group, parameters, parameters[0].new_zeros((), dtype=torch.bool) if skip is None else skip)
+
+    def _step(self, group: dict[str, Any], parameters: list[Tensor], skip: Tensor) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                zeros = [torch.zeros_like(p), torch.zeros_like(p)]
+                self.state[p].update(step=p.new_zeros(()), exp_avg=zeros[0], exp_avg_sq=zeros[1])
+        steps, means, squares = (
+            [self.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
+        )
+        gradients = [torch.where(skip, 0, p.grad) for p in parameters if p.grad is not None]
+        beta1, beta2 = group["betas"]
+        taken = (~skip).to(steps[0].dtype)
+        # A number that changes is a tensor: a graph compiled for it as a constant would be compiled again.
+        rate = torch.full_like(taken, group["lr"])
+        torch._foreach_add_(steps, [taken] * len(steps))
+        for kept, new, beta in ((means, gradients, beta1), (squares, torch._foreach_mul(gradients, gradients), beta2)):
+            change = torch._foreach_sub(new, kept)
+            torch._foreach_mul_(change, [taken * (1 - beta)] * len(change))
+            torch._foreach_add_(kept, change)
+        # A first step that is skipped leaves 0 in the correction and in what it divides.
+        corrections = [[(1 - beta**step).clamp(min=1 - beta) for step in steps] for beta in (beta1, beta2)]
+        below = torch._foreach_sqrt(squares)
+        torch._foreach_div_(below, [correction.sqrt() for correction in corrections[1]])
+        torch._foreach_add_(below, group["eps"])
+        change = torch._foreach_div(means, below)
+        torch._foreach_mul_(change, [rate * taken / correction for correction in corrections[0]])
+        torch._foreach_sub_(parameters, change)
+
+
+def adam(
+    policy: PolicyWithValueHead, learning_rate: float, critic_learning_rate: float | None
+) -> torch.optim.Optimizer:
     """Adam on what is trained; a separate critic (and its value head) may have a rate of its own."""
     of_critic = [] if policy.critic is None else [*policy.critic.parameters(), *policy.v_head.parameters()]
     apart = {id(parameter) for parameter in of_critic}
@@ -39,16 +86,19 @@ def adam(policy: PolicyWithValueHead, learning_rate: float, critic_learning_rate
         {"params": [p for p in of_critic if p.requires_grad], "lr": critic_learning_rate or learning_rate},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in policy.parameters())
-    return torch.optim.Adam(groups, lr=learning_rate, fused=fused or None)
+    if all(parameter.device.type in ("cpu", "cuda") for parameter in policy.parameters()):
+        return torch.optim.Adam(groups, lr=learning_rate, fused=True)
+    return Adam(groups, lr=learning_rate)
 
 
 def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     """One step of ``optimizer``, left out without a trace where the 0-d ``skip`` is true.
 
-    A fused optimizer leaves it out on the device; for another the host reads ``skip``.
+    Adam leaves it out on the device, as torch's fused optimizers do; for another the host reads ``skip``.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if isinstance(optimizer, Adam):
+        optimizer.step(skip=skip)
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
         fused: Any = optimizer
         fused.grad_scale, fused.found_inf = None, skip.float()
         try:
