@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,6 +112,8 @@ def test_early_stopping_reads_once_per_pass() -> None:
 
 @pytest.mark.parametrize("architecture", [llama, gpt2, gemma2, neox, qwen2])
 def test_the_update_runs_where_no_tensor_has_a_value(architecture: Callable[[int], nn.Module]) -> None:
+    if transformers.__version__.startswith("4") and architecture is not gpt2:
+        pytest.skip("rotary embeddings of transformers 4 don't run on the meta device")
     planned = trainer(architecture)
     planned.begin_update(*ragged(planned, 0))
     update = planned.current

@@ -123,6 +123,7 @@ class _Decoding:
         self.rows = torch.arange(len(queries), device=device)
         self.cache: Any = None
         self.first = True
+        self.extra: dict[str, Tensor] = {}
         self.encoded: Tensor | None = None
         self.mask: Tensor | None = None
         self._read(queries, padding, device)
@@ -180,7 +181,7 @@ class _Decoding:
         with ExitStack() as stack:
             chosen = stack.enter_context(head_input(self.model, lambda hidden: hidden[:, -1]))
             if self.encoded is None:
-                output = self.model(**self._decoder_only_arguments())
+                output = self.model(**self._decoder_only_arguments(), **self.extra)
                 hidden = chosen[0]
             else:
                 caught = stack.enter_context(decoder_output(self.model))
@@ -190,6 +191,7 @@ class _Decoding:
                     decoder_input_ids=self.input_ids,
                     past_key_values=self.cache,
                     use_cache=True,
+                    **self.extra,
                 )
                 hidden = caught[0][:, -1]
         self.cache, self.first = output.past_key_values, False
@@ -249,12 +251,19 @@ class _FixedDecoding(_Decoding):
             device=device,
             dtype=model.dtype,
         )
+        # transformers 4 would look for the first place of the cache that is zero.
+        self.places = torch.arange(self.input_ids.shape[1], device=device)
+        self._say_where()
         if self.encoded is not None:
             self.cache = EncoderDecoderCache(kept, DynamicCache())
             return
         self.cache = kept
         assert self.mask is not None
         self.mask = torch.cat([self.mask, self.mask.new_ones(rows, new)], 1)
+
+    def _say_where(self) -> None:
+        if accepts(self.model, "cache_position"):
+            self.extra = {"cache_position": self.places}
 
     def run(self) -> Generated:
         sampling, device = self.sampling, self.rows.device
@@ -273,6 +282,8 @@ class _FixedDecoding(_Decoding):
             self.lengths += ~ended
             ended = ended | torch.isin(tokens, ends)
             self.input_ids, self.positions, step = tokens[:, None], self.positions + 1, step + 1
+            self.places = self.places[-1:] + 1
+            self._say_where()
             # To ask costs a wait for the device.
             if number % ASKED_EVERY == ASKED_EVERY - 1 and bool(ended.all()):
                 break
