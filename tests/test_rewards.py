@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,16 +31,28 @@ def classifier(directory: Path, labels: int) -> LlamaForSequenceClassification:
     return model
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("labels", [1, 2])
-def test_a_model_scores_each_text_as_if_it_stood_alone(tmp_path: Path, labels: int) -> None:
+def test_a_model_scores_each_text_as_if_it_stood_alone(
+    tmp_path: Path, labels: int, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = classifier(tmp_path, labels)
-    reward = load_reward(str(tmp_path), RewardSettings(reward_batch_size=2))
+    reward = load_reward(str(tmp_path), RewardSettings(reward_batch_size=3, reward_max_tokens=12), static=static)
+    seen: list[tuple[int, ...]] = []
+    forward = reward.model.forward  # type: ignore[attr-defined]
+
+    def watched(input_ids: torch.Tensor, **given: Any) -> Any:
+        seen.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **given)
+
+    monkeypatch.setattr(reward.model, "forward", watched)  # type: ignore[attr-defined]
     prompts, responses = ["w3 w4", "w5", "w6 w7 w8", "w9"], [" w10 w11", " w12", " w13", " w14 w15 w16 w17"]
     expected = []
     for prompt, response in zip(prompts, responses, strict=True):
         ids = word_tokenizer()(prompt + response, return_tensors="pt").input_ids
         expected.append(model(input_ids=ids).logits[0, -1].item())
     assert score(reward, prompts, responses, IDS) == pytest.approx(expected, abs=1e-5)
+    assert len(seen) == 2 and (seen == [(3, 12)] * 2) is static
 
 
 def test_a_long_text_loses_its_beginning_not_its_end(tmp_path: Path) -> None:

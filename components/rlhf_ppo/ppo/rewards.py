@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,12 @@ One with a parameter ``response_ids`` is also given the token ids of each respon
 """
 
 
-def load_reward(reward_model: str, settings: RewardSettings, device: str = "cpu") -> Reward:
-    """The reward that ``reward_model`` names, and what reward_sum adds. Raises InputError where there is none."""
+def load_reward(reward_model: str, settings: RewardSettings, device: str = "cpu", *, static: bool = False) -> Reward:
+    """The reward that ``reward_model`` names, and what reward_sum adds.
+
+    With ``static`` a model sees batches of reward_batch_size texts of reward_max_tokens tokens, always. Raises
+    InputError where there is no such reward.
+    """
     weights = {reward_model: 1.0, **{name: float(weight) for name, weight in settings.reward_sum.items()}}
     parts: dict[str, Reward] = {}
     for name in weights:
@@ -36,7 +40,7 @@ def load_reward(reward_model: str, settings: RewardSettings, device: str = "cpu"
         else:
             model, revision = split_revision(name)
             own = settings.reward_revision if name == reward_model else revision
-            parts[name] = RewardModel(model, own, settings, device)
+            parts[name] = RewardModel(model, own, settings, device, static)
     return parts[reward_model] if not settings.reward_sum else RewardSum(parts, weights)
 
 
@@ -86,10 +90,12 @@ def load_callable(name: str) -> Reward:
 class RewardModel:
     """A frozen sequence-classification model: the logit of its one label, or of the second of its two."""
 
-    def __init__(self, source: str, revision: str, settings: RewardSettings, device: str = "cpu") -> None:
+    def __init__(
+        self, source: str, revision: str, settings: RewardSettings, device: str = "cpu", static: bool = False
+    ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.static = settings, device, static
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or None)
             model = AutoModelForSequenceClassification.from_pretrained(
@@ -119,12 +125,31 @@ class RewardModel:
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         encoded = [self.tokenizer(t, truncation=True, max_length=self.settings.reward_max_tokens) for t in texts]
         scores = [0.0] * len(texts)
-        lengths = [len(item["input_ids"]) for item in encoded]
-        for rows in batches_by_length(lengths, self.settings.reward_batch_size * max(lengths, default=1)):
-            batch = self.tokenizer.pad([encoded[row] for row in rows], return_tensors="pt").to(self.device)
-            for row, score in zip(rows, self.model(**batch).logits[:, -1].float().tolist(), strict=True):
+        for rows in self._rows([len(item["input_ids"]) for item in encoded]):
+            batch = self._batch([encoded[row] for row in rows]).to(self.device)
+            # What fills a batch up comes last.
+            for row, score in zip(rows, self.model(**batch).logits[:, -1].float().tolist(), strict=False):
                 scores[row] = score
         return scores
+
+    def _rows(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Row numbers in batches."""
+        size = self.settings.reward_batch_size
+        if not self.static:
+            return batches_by_length(lengths, size * max(lengths, default=1))
+        return (list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size))
+
+    def _batch(self, items: list[Any]) -> Any:
+        """``items`` padded to the longest; with static shapes to the longest possible, and filled up with the first."""
+        if not self.static:
+            return self.tokenizer.pad(items, return_tensors="pt")
+        longest = getattr(self.model.config, "max_position_embeddings", None) or self.settings.reward_max_tokens
+        return self.tokenizer.pad(
+            items + items[:1] * (self.settings.reward_batch_size - len(items)),
+            padding="max_length",
+            max_length=min(self.settings.reward_max_tokens, longest),
+            return_tensors="pt",
+        )
 
 
 def score(reward: Reward, prompts: list[str], responses: list[str], response_ids: list[list[int]]) -> list[Score]:

@@ -40,7 +40,9 @@ def train_ppo(
     settings = RunSettings.from_json(config)
     # 1. The cheap things first: what is wrong with them ends the step in seconds.
     rows = read_prompts(prompts / "train.parquet")
-    reward = load_reward(str(settings.ppo.reward_model), settings.reward, _device())
+    reward = load_reward(
+        str(settings.ppo.reward_model), settings.reward, _device(), static=settings.ppo.pad_for_acceleration
+    )
     _try_reward(reward, rows)
     # 2. Models
     tokenizer = AutoTokenizer.from_pretrained(reference)
