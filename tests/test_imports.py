@@ -43,7 +43,7 @@ def layer(parts: list[str]) -> str:
     """Where a module of rlhf_ppo, given by the parts of its name after rlhf_ppo, stands."""
     if not parts or parts[0] in CORE or not (STEPS / parts[0]).is_dir() and not (STEPS / f"{parts[0]}.py").is_file():
         return "core"  # rlhf_ppo itself, with __version__
-    if parts[0] == "ppo":
+    if parts[0] in ("ppo", "devices"):
         return "ppo"
     if (STEPS / f"{parts[0]}.py").is_file():
         return "helper"

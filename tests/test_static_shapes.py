@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf_ppo.config import PPOConfig
-from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling, generation
+from rlhf_ppo.devices import Device
+from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling, generation, rollout
+from rlhf_ppo.ppo.models import Sequences
 from rlhf_ppo.ppo.optimization import Optimization
 from rlhf_ppo.ppo.rollout import Rollout, score_with_policy
 from rlhf_ppo.ppo.setup import Adam, adam, step_unless
@@ -120,7 +122,8 @@ def test_the_update_runs_where_no_tensor_has_a_value(architecture: Callable[[int
     assert update is not None
     # On the meta device reading a value is an error, and so is a tensor that was left on the CPU.
     policy = PolicyWithValueHead(architecture(0)).to("meta")
-    optimization = Optimization(planned.config, Accelerator(), policy, adam(policy, 1e-3, None), planned.padding)
+    optimizer = adam(policy, 1e-3, None)
+    optimization = Optimization(planned.config, Accelerator(), policy, optimizer, planned.padding, Device())
     while optimization.advance(update):
         pass
     assert update.optimizer_steps == 4
@@ -169,6 +172,20 @@ def test_fixed_batches_also_the_last_one_change_no_number(architecture: Callable
         for name in ("logprobs", "values"):
             for row, right in zip(getattr(other, name), getattr(expected, name), strict=True):
                 torch.testing.assert_close(row, right, atol=1e-5, rtol=1e-5)
+
+
+def test_every_scoring_batch_has_the_same_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "SCORING_TOKENS", 70)
+    trained, shapes = trainer(llama), set()
+    forward = trained.policy.forward
+
+    def watched(sequences: Sequences, temperature: float) -> Any:
+        shapes.add((tuple(sequences.input_ids.shape), tuple(sequences.index.shape)))
+        return forward(sequences, temperature)
+
+    monkeypatch.setattr(trained.policy, "forward", watched)
+    ragged(trained, 0)
+    assert shapes == {((3, 22), (30,))}
 
 
 @pytest.mark.parametrize("architecture", [llama, gpt2, gemma2, neox, qwen2, t5, bart])

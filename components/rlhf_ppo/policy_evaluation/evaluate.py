@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rlhf_ppo.artifacts import complete_directory, write_json, write_whole
+from rlhf_ppo.devices import Device, find_device, has_habana
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings
@@ -45,7 +46,7 @@ def evaluate_policy(
     """
     settings = RunSettings.from_json(config)
     with Tracker.for_run("evaluate_policy", run_id, settings) as tracker:
-        reward = load_reward(str(settings.ppo.reward_model), settings.reward, _device())
+        reward = load_reward(str(settings.ppo.reward_model), settings.reward, _device(settings).name)
         repeated = _held_out(prompts, settings)
         samples, k1, k3 = _measure(settings, repeated, reward, reference, policy)
         found = compare(samples["policy"], samples["reference"], k1, k3, settings.evaluation.eval_samples_per_prompt)
@@ -59,8 +60,9 @@ def evaluate_policy(
     return _headline(found)
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(settings: RunSettings) -> Device:
+    """Of this step's pod, which need not be that of the training."""
+    return find_device(settings.ppo.use_habana and has_habana())
 
 
 def _held_out(prompts: Path, settings: RunSettings) -> list[Prompt]:
@@ -80,15 +82,15 @@ def _measure(
     """Scored samples of both models, one in memory at a time, and the two KL estimates of the policy's."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(reference)
+    tokenizer, device = AutoTokenizer.from_pretrained(reference), _device(settings).device
     # 1. The policy responds
-    model = load_model(policy, settings.model.model_dtype).to(_device())
+    model = load_model(policy, settings.model.model_dtype).to(device)
     of_policy = _respond(model, prompts, settings, _progress(0, len(prompts)))
     policy_ends = _ends(model)
     del model
     gc.collect()
     # 2. The reference responds, and says how likely the policy's responses are
-    model = load_model(reference, settings.model.model_dtype).to(_device())
+    model = load_model(reference, settings.model.model_dtype).to(device)
     of_reference = _respond(model, prompts, settings, _progress(1, len(prompts)))
     k1, k3 = kl_estimates(of_policy.logprobs, _logprobs(model, prompts, of_policy, settings))
     reference_ends = _ends(model)

@@ -78,11 +78,13 @@ def sample(
     progress: Callable[[int], None] | None = None,
     value_head: ValueHead | None = None,
     padding: Padding | None = None,
+    mark_step: Callable[[], None] = lambda: None,
 ) -> Generated:
     """Sample one response to each of the 1-D ``queries``, in the order given, with the numbers that ``draw`` gave.
 
     Log-probabilities are those of the tempered policy, before top_k and top_p. Dropout is off. ``progress`` is told how
-    many responses are done. With ``padding`` every batch has the same shapes.
+    many responses are done. With ``padding`` every batch has the same shapes. ``mark_step`` is called after
+    every token.
     """
     done = Generated()
     with evaluating(model):
@@ -90,12 +92,12 @@ def sample(
             chunk = slice(start, start + batch_size)
             part, here = list(queries[chunk]), uniform[chunk]
             if padding is None:
-                found = _Decoding(model, part, sampling, here, value_head).run()
+                found = _Decoding(model, part, sampling, here, value_head).run(mark_step)
             else:
                 # The first row fills the last batch up, and counts once.
                 missing = min(batch_size, len(queries)) - len(part)
                 whole, numbers = part + part[:1] * missing, torch.cat([here, here[:1].expand(missing, -1)])
-                found = _FixedDecoding(model, whole, sampling, numbers, value_head, padding).run()
+                found = _FixedDecoding(model, whole, sampling, numbers, value_head, padding).run(mark_step)
             done.responses += found.responses[: len(part)]
             done.logprobs += found.logprobs[: len(part)]
             done.values += found.values[: len(part)]
@@ -153,7 +155,7 @@ class _Decoding:
         self.encoded = self.model.get_encoder()(input_ids=padded, attention_mask=self.mask)[0]  # type: ignore[operator]
         self.input_ids = torch.full((len(queries), 1), start, device=device)
 
-    def run(self) -> Generated:
+    def run(self, mark_step: Callable[[], None]) -> Generated:
         ends = torch.tensor(self.sampling.eos_token_ids, device=self.rows.device)
         for step in range(self.sampling.max_new_tokens):
             logits, hidden = self._forward()
@@ -163,6 +165,7 @@ class _Decoding:
             if self.value_head is not None:
                 self.values[self.rows, step] = self.value_head(hidden)
             ended = torch.isin(tokens, ends)
+            mark_step()
             self.lengths[self.rows[ended]] = self.lengths[self.rows[ended]].clamp(max=step + 1)
             if not self._advance(tokens):
                 break
@@ -265,7 +268,7 @@ class _FixedDecoding(_Decoding):
         if accepts(self.model, "cache_position"):
             self.extra = {"cache_position": self.places}
 
-    def run(self) -> Generated:
+    def run(self, mark_step: Callable[[], None]) -> Generated:
         sampling, device = self.sampling, self.rows.device
         ends = torch.tensor(sampling.eos_token_ids, device=device)
         ended = torch.zeros(len(self.rows), dtype=torch.bool, device=device)
@@ -274,7 +277,6 @@ class _FixedDecoding(_Decoding):
         for number in range(sampling.max_new_tokens):
             logits, hidden = self._forward()
             tokens, logprobs = _choose(logits, sampling, self.uniform.index_select(1, step).squeeze(1))
-            tokens = torch.where(ended, sampling.pad_token_id, tokens)
             self.tokens.index_copy_(1, step, tokens[:, None])
             self.logprobs.index_copy_(1, step, logprobs[:, None])
             if self.value_head is not None:
@@ -284,6 +286,7 @@ class _FixedDecoding(_Decoding):
             self.input_ids, self.positions, step = tokens[:, None], self.positions + 1, step + 1
             self.places = self.places[-1:] + 1
             self._say_where()
+            mark_step()
             # To ask costs a wait for the device.
             if number % ASKED_EVERY == ASKED_EVERY - 1 and bool(ended.all()):
                 break

@@ -106,13 +106,13 @@ class _beginning_again:
         self.trainer = trainer
 
     def __enter__(self) -> None:
-        self.sampling, self.elsewhere = self.trainer.sampling_generator.get_state(), random_state()
+        self.sampling, self.elsewhere = self.trainer.sampling_generator.get_state(), random_state(self.trainer.on)
         self.moments = copy.copy(self.trainer.moments)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, Interrupted):
             self.trainer.sampling_generator.set_state(self.sampling)
-            set_random_state(self.elsewhere)
+            set_random_state(self.elsewhere, self.trainer.on)
             self.trainer.moments, self.trainer.current = self.moments, None
 
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.devices import Device
 from rlhf_ppo.ppo.experience import Experience, Update
 from rlhf_ppo.ppo.losses import ppo_loss
 from rlhf_ppo.ppo.models import Padding, PolicyWithValueHead, Sequences, device_of, evaluating
@@ -65,10 +66,13 @@ class Optimization:
         policy: PolicyWithValueHead,
         optimizer: torch.optim.Optimizer,
         padding: Padding | None,
+        device: Device,
     ) -> None:
         self.config, self.accelerator, self.policy, self.optimizer = config, accelerator, policy, optimizer
         self.model = accelerator.prepare_model(policy, device_placement=False)
-        self.device = device_of(policy.pretrained_model)
+        if padding is not None:
+            self.model = device.training(self.model)
+        self.on, self.device = device, device_of(policy.pretrained_model)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.padding = padding
         self.minibatches: Minibatches | None = None
@@ -144,6 +148,7 @@ class Optimization:
         gradients = torch.autograd.grad(scaled, (of_policy, of_values))
         # An infinite ratio has infinite gradients: they are replaced, not multiplied by zero.
         torch.autograd.backward((logprobs, values), [torch.where(loss.skip, 0, gradient) for gradient in gradients])
+        self.on.mark_step()
         update.names = [*loss.stats, SKIPPED]
         update.seen.append(torch.stack([*loss.stats.values(), loss.skip.float()]))
         return (~loss.skip).float()
@@ -160,6 +165,7 @@ class Optimization:
             nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
         step_unless(self.optimizer, skip)
         self.optimizer.zero_grad(set_to_none=True)
+        self.on.mark_step()
         return torch.stack([norm, (used > 0).float()])
 
     @property

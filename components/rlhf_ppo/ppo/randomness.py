@@ -8,13 +8,15 @@ from typing import Any
 import numpy
 import torch
 
+from rlhf_ppo.devices import Device
 
-def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's global generators, on every device of this process."""
+
+def random_state(device: Device) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators, of the CPU and of ``device``'s kind."""
     version, words, gauss = random.getstate()
     legacy: Any = numpy.random.get_state(legacy=True)
     name, keys, position, has_gauss, cached = legacy
-    found: dict[str, Any] = {
+    return {
         "python": {"version": version, "words": list(words), "gauss": gauss},
         "numpy": {
             "name": name,
@@ -24,18 +26,15 @@ def random_state() -> dict[str, Any]:
             "cached": float(cached),
         },
         "torch": torch.get_rng_state(),
+        "device": device.random_states(),
     }
-    if torch.cuda.is_available():
-        found["cuda"] = list(torch.cuda.get_rng_state_all())
-    return found
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any], device: Device) -> None:
     """The inverse of ``random_state``."""
     python, legacy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
     keys = legacy["keys"].numpy().astype("uint32")
     numpy.random.set_state((legacy["name"], keys, legacy["position"], legacy["has_gauss"], legacy["cached"]))
     torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
+    device.set_random_states(state["device"])

@@ -44,7 +44,7 @@ class Rollout:
         return [len(response) > 0 and int(response[-1]) in eos_token_ids for response in self.responses]
 
 
-def batches_by_length(lengths: Sequence[int], tokens: int = SCORING_TOKENS) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
     """Row numbers in batches of similar length, each of at most ``tokens`` padded tokens (or one row)."""
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -72,7 +72,7 @@ def _batches(
         lengths = [padding.total] * len(lengths)
         size = min(max(SCORING_TOKENS // padding.total, 1), len(lengths))
     start, device = decoder_start(model), device_of(model)
-    for rows in batches_by_length(lengths):
+    for rows in batches_by_length(lengths, SCORING_TOKENS):
         whole = rows + rows[:1] * (size - len(rows))
         sequences = Sequences.of([queries[row] for row in whole], [responses[row] for row in whole], padding, start)
         yield rows, sequences.to(device)

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.devices import Device, find_device
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.advantages import advantages_and_returns, kl_penalty, token_rewards
 from rlhf_ppo.ppo.diagnosis import diagnose_negative_kl
@@ -45,7 +46,8 @@ class PPOTrainer:
     ``lr_scheduler`` advances once per ``step``. ``controller_kl`` is the estimate of the KL that the adaptive
     coefficient reads (as kl_penalty; "kl" is ITREX' rule, TRL reads what kl_penalty names). ``missing_eos_penalty`` is
     subtracted from the score of a response that does not end. ``critic_learning_rate`` is that of a separate critic.
-    ``between_updates`` is called wherever ``state_dict`` may be taken: after every optimizer step.
+    ``between_updates`` is called wherever ``state_dict`` may be taken: after every optimizer step. ``device`` is found
+    by use_habana where it is not given.
 
     With several processes each has its own ``batch_size`` samples; what is computed from them is gathered first, so
     that statistics, whitening, minibatches and every decision are the same on all, and as on one process with all the
@@ -66,9 +68,11 @@ class PPOTrainer:
         missing_eos_penalty: float = 0.0,
         critic_learning_rate: float | None = None,
         between_updates: Callable[[], None] | None = None,
+        device: Device | None = None,
     ) -> None:
         if reference is None and not policy.is_peft_model:
             raise InputError("reference=None needs a policy with adapters (model_lora_r > 0): give a reference model")
+        self.on = device or find_device(config.use_habana)
         set_seed(config.seed)
         self.accelerator = make_accelerator(config)
         self.config = config.at_run_time(
@@ -77,11 +81,10 @@ class PPOTrainer:
             is_peft_model=policy.is_peft_model,
         )
         self.device = self.accelerator.device
-        if config.use_habana and self.device.type != "hpu":
-            raise InputError(
-                f"use_habana=True but this machine's device is {self.device.type}: run on a Gaudi node with "
-                "habana_frameworks installed, or set use_habana=False"
-            )
+        if self.device.type != self.on.device.type:
+            if config.use_habana:
+                raise InputError(f"use_habana=True, but accelerator_kwargs put the training on {self.device}")
+            self.on = Device()
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling.for_model(policy.pretrained_model, max_new_tokens=64)
         if missing_eos_penalty and not self.sampling.eos_token_ids:
@@ -96,7 +99,9 @@ class PPOTrainer:
         self.controller_kl, self.missing_eos_penalty = controller_kl, missing_eos_penalty
         self.between_updates = between_updates
         self.padding = Padding(config.pad_max_input_len, config.pad_max_len) if config.pad_for_acceleration else None
-        self.optimization = Optimization(self.config, self.accelerator, self.policy, self.optimizer, self.padding)
+        self.optimization = Optimization(
+            self.config, self.accelerator, self.policy, self.optimizer, self.padding, self.on
+        )
         self.kl_controller = KLController(config.init_kl_coef, config.target, config.horizon, config.adap_kl_ctrl)
         self.moments = RunningMoments()
         # In the same state on all processes; of what is drawn each takes its own rows.
@@ -134,6 +139,7 @@ class PPOTrainer:
                 batch_size,
                 value_head=None if critic else self.policy.v_head,
                 padding=self.padding,
+                mark_step=self.on.mark_step,
             )
             values = generated.values
             if critic:
@@ -299,8 +305,8 @@ class PPOTrainer:
             self.lr_scheduler.step()
         self.steps_done += 1
         self.current, self.last_update = None, update
-        if self.config.optimize_device_cache and self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.config.optimize_device_cache:
+            self.on.release_cache()
         return stats
 
     def log_stats(self, stats: dict[str, Any], step: int | None = None) -> None:

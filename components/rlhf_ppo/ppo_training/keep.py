@@ -65,7 +65,7 @@ class Keeper:
         state = self.store.read(name)
         self.trainer.load_state_dict(state["trainer"])
         self.recorder.load_state(state["recorder"])
-        set_random_state(state["random"][accelerator.process_index])
+        set_random_state(state["random"][accelerator.process_index], self.trainer.on)
         self.resumed_at = self.trainer.steps_done
         if accelerator.is_main_process:
             emit("resumed", step="train_ppo", done=self.resumed_at, checkpoint=str(self.store.directory / name))
@@ -78,7 +78,7 @@ class Keeper:
 
     def save(self, *, wait: bool = False) -> bool:
         """Write a checkpoint of this moment. All processes must call it together."""
-        random = gather_object([random_state()])
+        random = gather_object([random_state(self.trainer.on)])
         if not self.trainer.accelerator.is_main_process:
             return True
         current = self.trainer.current

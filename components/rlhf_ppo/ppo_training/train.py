@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rlhf_ppo.artifacts import complete_directory, write_whole
+from rlhf_ppo.devices import find_device
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.parameters import RunSettings, encode
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
@@ -39,9 +40,10 @@ def train_ppo(
 
     settings = RunSettings.from_json(config)
     # 1. The cheap things first: what is wrong with them ends the step in seconds.
+    device = find_device(settings.ppo.use_habana)
     rows = read_prompts(prompts / "train.parquet")
     reward = load_reward(
-        str(settings.ppo.reward_model), settings.reward, _device(), static=settings.ppo.pad_for_acceleration
+        str(settings.ppo.reward_model), settings.reward, device.name, static=settings.ppo.pad_for_acceleration
     )
     _try_reward(reward, rows)
     # 2. Models
@@ -192,10 +194,6 @@ def _try_reward(reward: Reward, prompts: list[Prompt]) -> None:
     texts = [prompt.text for prompt in prompts[:2]]
     ids = [prompt.input_ids.tolist() for prompt in prompts[:2]]
     score(reward, texts, [f" {text}" for text in reversed(texts)], ids[::-1])
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def read_json(path: Path) -> dict[str, Any]:

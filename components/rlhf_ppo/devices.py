@@ -1,0 +1,203 @@
+"""The device that a process trains on: a CPU, an NVIDIA GPU or a Gaudi card (HPU), behind one small interface."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_ppo.errors import InputError
+
+LAZY_MODE = "PT_HPU_LAZY_MODE"
+"""Gaudi's switch: 0 runs operation by operation and compiles with torch.compile, 1 collects operations into graphs."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device: in use by this process, the most that ever was, and what the device has."""
+
+    allocated: int
+    peak: int
+    total: int
+
+
+class Device:
+    """A CPU. The others add to it."""
+
+    name = "cpu"
+    backend = "gloo"
+    """What torch.distributed connects processes on such devices with."""
+    cache = "a CPU has no cache of device memory: optimize_device_cache does nothing"
+    """What optimize_device_cache does here."""
+
+    def __init__(self) -> None:
+        self.device = torch.device(self.name)
+
+    def count(self) -> int:
+        """How many of them this process sees."""
+        return 1
+
+    def memory(self) -> Memory | None:
+        """Its memory; None on a CPU, whose memory is the machine's."""
+        return None
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+
+    def mark_step(self) -> None:
+        """Let a device that collects operations run them."""
+
+    def release_cache(self) -> None:
+        """Give memory that is kept for later use back to the device, where that can be done."""
+
+    def random_states(self) -> list[torch.Tensor]:
+        """The states of the generators of all devices of this kind."""
+        return []
+
+    def set_random_states(self, states: list[torch.Tensor]) -> None:
+        """The inverse of ``random_states``."""
+
+    def training(self, model: nn.Module) -> nn.Module:
+        """``model`` as it is called in updates with static shapes."""
+        return model
+
+
+class Cuda(Device):
+    """An NVIDIA GPU."""
+
+    name = "cuda"
+    backend = "nccl"
+    cache = "optimize_device_cache returns cached memory to the GPU after every PPO step"
+
+    def count(self) -> int:
+        """How many of them this process sees."""
+        return torch.cuda.device_count()
+
+    def memory(self) -> Memory:
+        """Its memory, as this process sees it."""
+        _, total = torch.cuda.mem_get_info()
+        return Memory(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), total)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+        torch.cuda.synchronize()
+
+    def release_cache(self) -> None:
+        """Give cached memory back to the GPU."""
+        torch.cuda.empty_cache()
+
+    def random_states(self) -> list[torch.Tensor]:
+        """The states of all cards' generators."""
+        return list(torch.cuda.get_rng_state_all())
+
+    def set_random_states(self, states: list[torch.Tensor]) -> None:
+        """The inverse of ``random_states``."""
+        torch.cuda.set_rng_state_all([state.cpu() for state in states])
+
+
+class Hpu(Device):
+    """A Gaudi card, in one of its two modes.
+
+    Names and signatures are those of Intel's gaudi-pytorch-bridge 1.19 and of the Gaudi documentation of 1.23. No line
+    of this class has run on Gaudi hardware: tests run it against a strict stand-in for Intel's modules.
+    """
+
+    name = "hpu"
+    backend = "hccl"
+    cache = "a Gaudi process holds all memory of its card: optimize_device_cache does nothing"
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device(self.name)
+        self.lazy = os.environ[LAZY_MODE] == "1"
+        self.hpu: Any = getattr(torch, self.name)
+        self.core: Any = importlib.import_module("habana_frameworks.torch.core")
+
+    def count(self) -> int:
+        """How many of them this process sees."""
+        found: int = self.hpu.device_count()
+        return found
+
+    def memory(self) -> Memory:
+        """Its memory, as this process sees it."""
+        stats = self.hpu.memory_stats()
+        return Memory(stats["InUse"], stats["MaxInUse"], stats["Limit"])
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+        self.hpu.synchronize()
+
+    def mark_step(self) -> None:
+        """In lazy mode: run what was collected."""
+        if self.lazy:
+            self.core.mark_step()
+
+    def random_states(self) -> list[torch.Tensor]:
+        """The states of all cards' generators."""
+        return list(self.hpu.get_rng_state_all())
+
+    def set_random_states(self, states: list[torch.Tensor]) -> None:
+        """The inverse of ``random_states``."""
+        self.hpu.set_rng_state_all([state.cpu() for state in states])
+
+    def training(self, model: nn.Module) -> nn.Module:
+        """In compile mode: ``model`` compiled, for these shapes alone."""
+        if self.lazy:
+            return model
+        compiled: Any = torch.compile(model, backend="hpu_backend", dynamic=False)
+        return compiled  # type: ignore[no-any-return]
+
+
+def has_habana() -> bool:
+    """Whether Intel's PyTorch bridge is installed; the namespace alone may be that of a media package."""
+    try:
+        return importlib.util.find_spec("habana_frameworks.torch") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def find_device(use_habana: bool) -> Device:
+    """The device of this process.
+
+    Raises InputError with the remedy where ``use_habana`` asks for a Gaudi card and there is none, or there are cards
+    and it does not ask for them: nothing falls back to another device.
+    """
+    if use_habana:
+        return _find_hpu()
+    if torch.cuda.is_available():
+        return Cuda()
+    if has_habana():
+        raise InputError(
+            "use_habana=False on a machine with Gaudi's software and no NVIDIA GPU: set use_habana=True to train on "
+            "its cards, or take the CPU image to train on its CPU"
+        )
+    return Device()
+
+
+def _find_hpu() -> Hpu:
+    if not has_habana():
+        raise InputError(
+            "use_habana=True, but habana_frameworks.torch is not installed here: run in the Gaudi image on a Gaudi "
+            "node, or set use_habana=False"
+        )
+    if os.environ.get(LAZY_MODE) not in ("0", "1"):
+        if "habana_frameworks.torch" in sys.modules:
+            raise InputError(
+                f"use_habana=True, but habana_frameworks was imported before {LAZY_MODE} was chosen: set {LAZY_MODE}=0 "
+                "(torch.compile, recommended) or 1 (lazy graphs) in the environment"
+            )
+        os.environ[LAZY_MODE] = "0"
+    importlib.import_module("habana_frameworks.torch")
+    hpu: Any = getattr(torch, "hpu", None)
+    if hpu is None or not hpu.is_available():
+        raise InputError(
+            "use_habana=True, but no Gaudi card is available to this process: ask for one (habana.ai/gaudi in the "
+            "pod's resources), look with hl-smi whether another process holds it, and compare the driver's version "
+            "with the image's"
+        )
+    return Hpu()

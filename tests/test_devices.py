@@ -1,0 +1,155 @@
+"""Which device a training takes, and what it asks of it. Gaudi is a strict stand-in here, not hardware."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fakes import gaudi
+from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.devices import Cuda, Device, Hpu, Memory, find_device
+from rlhf_ppo.errors import InputError
+from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling
+from rlhf_ppo.ppo.randomness import random_state, set_random_state
+from tiny_models import llama, queries, word_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def test_without_an_accelerator_training_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = find_device(use_habana=False)
+    assert type(found) is Device and (found.name, found.backend, found.memory()) == ("cpu", "gloo", None)
+
+
+def test_an_nvidia_gpu_is_taken_without_being_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = find_device(use_habana=False)
+    assert isinstance(found, Cuda) and (found.device.type, found.backend) == ("cuda", "nccl")
+
+
+def test_use_habana_where_nothing_of_gaudi_is_installed_says_what_to_do() -> None:
+    with pytest.raises(
+        InputError, match="use_habana=True, but habana_frameworks.torch is not installed .* Gaudi image"
+    ):
+        find_device(use_habana=True)
+
+
+def test_the_media_package_alone_is_no_gaudi(monkeypatch: pytest.MonkeyPatch) -> None:
+    # habana-media-loader brings the namespace habana_frameworks without the bridge to torch.
+    monkeypatch.setitem(sys.modules, "habana_frameworks", gaudi.Strict("habana_frameworks"))
+    with pytest.raises(InputError, match=r"habana_frameworks\.torch is not installed"):
+        find_device(use_habana=True)
+
+
+def test_use_habana_without_a_card_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    gaudi.install(monkeypatch, cards=0)
+    with pytest.raises(InputError, match="no Gaudi card is available .*habana.ai/gaudi.*hl-smi"):
+        find_device(use_habana=True)
+
+
+def test_gaudi_cards_that_nobody_asked_for_are_no_reason_to_train_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gaudi.install(monkeypatch)
+    with pytest.raises(InputError, match="use_habana=False on a machine with Gaudi's software"):
+        find_device(use_habana=False)
+
+
+@pytest.mark.parametrize(("chosen", "lazy"), [(None, False), ("0", False), ("1", True)])
+def test_the_mode_is_always_chosen_before_the_bridge_is_imported(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, lazy: bool
+) -> None:
+    import os
+
+    gaudi.install(monkeypatch, lazy=chosen)
+    found = find_device(use_habana=True)
+    assert isinstance(found, Hpu) and found.lazy is lazy
+    assert os.environ["PT_HPU_LAZY_MODE"] == ("1" if lazy else "0")
+
+
+def test_a_bridge_that_was_imported_without_a_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gaudi.install(monkeypatch, lazy=None)
+    import habana_frameworks.torch  # type: ignore[import-not-found]  # noqa: F401
+
+    with pytest.raises(InputError, match="imported before PT_HPU_LAZY_MODE was chosen"):
+        find_device(use_habana=True)
+
+
+def test_the_stand_in_knows_no_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    gaudi.install(monkeypatch)
+    with pytest.raises(AttributeError, match="has no empty_cache"):
+        _ = torch.hpu.empty_cache  # type: ignore[attr-defined]
+
+
+def test_memory_and_random_states_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = gaudi.install(monkeypatch, cards=2)
+    found = find_device(use_habana=True)
+    assert found.count() == 2 and found.memory() == Memory(2**30, 2**31, gaudi.CARD)
+    state = random_state(found)
+    set_random_state(state, found)
+    assert calls == ["get_rng_state_all", "set_rng_state_all [[0], [1]]"]
+
+
+def test_random_states_of_the_cpu_come_back() -> None:
+    state = random_state(Device())
+    first = torch.rand(3)
+    set_random_state(state, Device())
+    assert torch.equal(torch.rand(3), first)
+
+
+def training(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> PPOTrainer:
+    """A trainer whose card is the CPU, and whose optimizer tells when it is called."""
+    config = PPOConfig(
+        batch_size=4, mini_batch_size=2, ppo_epochs=1, pad_for_acceleration=True, pad_max_input_len=6, pad_max_len=10,
+        optimize_device_cache=True, use_habana=True,
+    )  # fmt: skip
+    policy = PolicyWithValueHead(llama(0))
+    sampling = Sampling(4, eos_token_ids=())
+    trained = PPOTrainer(config, policy, llama(1), word_tokenizer(), sampling=sampling, device=Hpu(CPU))
+    step = trained.optimizer.step
+
+    def told(*given: Any) -> Any:
+        calls.append("step")
+        return step(*given)
+
+    monkeypatch.setattr(trained.optimizer, "step", told)
+    return trained
+
+
+def test_a_lazy_card_is_told_to_run_after_tokens_gradients_and_optimizer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = gaudi.install(monkeypatch, lazy="1")
+    trained = training(monkeypatch, calls)
+    rollout = trained.rollout(queries(3, 6, 2, 4))
+    assert calls == ["mark_step"] * 4
+    calls.clear()
+    trained.update(rollout, [1.0, 0.0, 2.0, 3.0])
+    assert calls == ["mark_step", "step", "mark_step"] * 2
+
+
+def test_a_compiling_card_compiles_once_for_its_shapes_and_marks_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = gaudi.install(monkeypatch, lazy="0")
+    asked: list[dict[str, Any]] = []
+
+    def compiled(model: nn.Module, **settings: Any) -> nn.Module:
+        asked.append(settings)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    trained = training(monkeypatch, calls)
+    trained.update(trained.rollout(queries(3, 6, 2, 4)), [1.0, 0.0, 2.0, 3.0])
+    assert asked == [{"backend": "hpu_backend", "dynamic": False}]
+    assert calls == ["step", "step"]
+
+
+def test_the_cache_of_an_nvidia_gpu_is_given_back_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append("cuda"))
+    Device().release_cache()
+    assert released == []
+    Cuda().release_cache()
+    assert released == ["cuda"]
+    assert "nothing" in Device.cache and "nothing" in Hpu.cache and "every PPO step" in Cuda.cache
