@@ -14,7 +14,9 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.devices import Cuda, Device, Hpu, Memory, find_device
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling
+from rlhf_ppo.ppo.models import ValueHead
 from rlhf_ppo.ppo.randomness import random_state, set_random_state
+from rlhf_ppo.ppo.setup import make_accelerator
 from tiny_models import llama, queries, word_tokenizer
 
 CPU = torch.device("cpu")
@@ -28,8 +30,10 @@ def test_without_an_accelerator_training_runs_on_the_cpu(monkeypatch: pytest.Mon
 
 def test_an_nvidia_gpu_is_taken_without_being_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     found = find_device(use_habana=False)
-    assert isinstance(found, Cuda) and (found.device.type, found.backend) == ("cuda", "nccl")
+    assert isinstance(found, Cuda)
+    assert (found.device.type, found.backend, found.precision) == ("cuda", "nccl", "bf16")
 
 
 def test_use_habana_where_nothing_of_gaudi_is_installed_says_what_to_do() -> None:
@@ -105,7 +109,7 @@ def training(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> PPOTrainer:
     """A trainer whose card is the CPU, and whose optimizer tells when it is called."""
     config = PPOConfig(
         batch_size=4, mini_batch_size=2, ppo_epochs=1, pad_for_acceleration=True, pad_max_input_len=6, pad_max_len=10,
-        optimize_device_cache=True, use_habana=True,
+        use_habana=True, accelerator_kwargs={"mixed_precision": "no"},
     )  # fmt: skip
     policy = PolicyWithValueHead(llama(0))
     sampling = Sampling(4, eos_token_ids=())
@@ -145,11 +149,48 @@ def test_a_compiling_card_compiles_once_for_its_shapes_and_marks_no_step(monkeyp
     assert calls == ["step", "step"]
 
 
+@pytest.mark.parametrize(
+    ("device", "kwargs", "environment", "expected"),
+    [
+        ("hpu", {}, None, "bf16"),
+        ("hpu", {"mixed_precision": "no"}, None, "no"),
+        ("hpu", {}, "no", "no"),
+        ("cpu", {}, None, "no"),
+        ("cpu", {"mixed_precision": "bf16"}, None, "bf16"),
+    ],
+)
+def test_accelerators_compute_in_bf16_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, device: str, kwargs: dict[str, Any], environment: str | None, expected: str
+) -> None:
+    class Asked:
+        def __init__(self, mixed_precision: str, **_: Any) -> None:
+            self.mixed_precision = mixed_precision
+
+    gaudi.install(monkeypatch)
+    monkeypatch.setattr("rlhf_ppo.ppo.setup.Accelerator", Asked)
+    if environment is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+    config = PPOConfig(batch_size=2, mini_batch_size=1, accelerator_kwargs=kwargs)
+    assert make_accelerator(config, Hpu(CPU) if device == "hpu" else Device()).mixed_precision == expected
+
+
+def test_values_are_fp32_where_the_model_computes_in_bf16() -> None:
+    torch.manual_seed(0)
+    head, hidden = ValueHead(32), torch.randn(5, 32)
+    nn.init.normal_(head.summary.weight)
+    expected = head(hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, cut = head(hidden), head.summary(hidden).squeeze(-1).float()
+    assert torch.equal(found, expected) and not torch.allclose(cut, expected, atol=1e-4)
+
+
 def test_the_cache_of_an_nvidia_gpu_is_given_back_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     released: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append("cuda"))
     Device().release_cache()
     assert released == []
-    Cuda().release_cache()
-    assert released == ["cuda"]
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    old = Cuda()
+    old.release_cache()
+    assert released == ["cuda"] and old.precision == "no"
     assert "nothing" in Device.cache and "nothing" in Hpu.cache and "every PPO step" in Cuda.cache

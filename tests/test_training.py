@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
+from rlhf_ppo.devices import Device
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.parameters import RunSettings, decode
 from rlhf_ppo.policy_evaluation.evaluate import evaluate_policy
@@ -97,6 +98,11 @@ def test_training_leaves_a_policy_that_loads_and_the_history_of_every_step(input
     assert lineage["reference_digest"] == json.loads((inputs / "reference" / "digest.json").read_text())["digest"]
     assert [event["done"] for event in events(inputs, "progress")] == [1, 2, 3]
     assert not list(inputs.glob("*.unfinished"))
+
+
+def test_what_cannot_be_done_about_the_cache_is_said(inputs: Path) -> None:
+    run(inputs, optimize_device_cache=True, steps=8)
+    assert [event["message"] for event in events(inputs, "note")] == [Device.cache]
 
 
 def test_the_tracker_has_every_step_and_the_config(inputs: Path) -> None:

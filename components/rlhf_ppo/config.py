@@ -58,7 +58,7 @@ class PPOConfig(Checked):
         {}, 'Arguments of the trackers by name, e.g. {"wandb": {"name": "run-1"}}.'
     )
     accelerator_kwargs: dict[str, Any] = declare(
-        {}, 'Arguments of accelerate.Accelerator, e.g. {"mixed_precision": "bf16"}.'
+        {}, 'Arguments of accelerate.Accelerator, e.g. {"mixed_precision": "no"}; bf16 is the default on accelerators.'
     )
     project_kwargs: dict[str, Any] = declare(
         {}, "Arguments of accelerate's ProjectConfiguration, e.g. logging_dir for tensorboard."
@@ -137,7 +137,9 @@ class PPOConfig(Checked):
         "Scale the rewards per token, KL penalty included, to variance 1 around their mean before advantages.",
     )
     # Devices
-    optimize_device_cache: bool = declare(False, "Return unused accelerator memory after each PPO step.")
+    optimize_device_cache: bool = declare(
+        False, "Return unused GPU memory after each PPO step; nothing can be returned on a CPU or on Gaudi."
+    )
     use_habana: bool = declare(False, "Run on Gaudi (HPU); an error where there is none.")
     pad_for_acceleration: bool = declare(
         False, "Pad prompts to pad_max_input_len and sequences to pad_max_len, so that every step has the same shapes."

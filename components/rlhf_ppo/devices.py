@@ -35,6 +35,8 @@ class Device:
     """What torch.distributed connects processes on such devices with."""
     cache = "a CPU has no cache of device memory: optimize_device_cache does nothing"
     """What optimize_device_cache does here."""
+    precision = "no"
+    """What models compute in where the user does not say: accelerate's name for fp32, or bf16."""
 
     def __init__(self) -> None:
         self.device = torch.device(self.name)
@@ -75,6 +77,10 @@ class Cuda(Device):
     backend = "nccl"
     cache = "optimize_device_cache returns cached memory to the GPU after every PPO step"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
     def count(self) -> int:
         """How many of them this process sees."""
         return torch.cuda.device_count()
@@ -111,6 +117,7 @@ class Hpu(Device):
     name = "hpu"
     backend = "hccl"
     cache = "a Gaudi process holds all memory of its card: optimize_device_cache does nothing"
+    precision = "bf16"
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device(self.name)

@@ -19,6 +19,7 @@ TOLD = {
     "checkpoint_damaged": "checkpoint {name} is damaged and passed over: {reason}",
     "checkpoint_failed": "checkpoint {name} can't be written: {reason}",
     "warning": "{step:<20}{message}",
+    "note": "{step:<20}{message}",
 }
 """Events that are worth a line of their own."""
 

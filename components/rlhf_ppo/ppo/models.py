@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,8 +189,11 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Values (n,) in fp32 of hidden states (n, hidden)."""
-        return self.summary(hidden.to(self.summary.weight.dtype)).squeeze(-1).float()
+        """Values (n,) of hidden states (n, hidden), in fp32 also where the model computes in less."""
+        kind = hidden.device.type
+        cut = kind != "meta" and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if cut else nullcontext():
+            return self.summary(hidden.to(self.summary.weight.dtype)).squeeze(-1).float()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,23 +11,30 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
 from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.devices import Device
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.models import PolicyWithValueHead
 
 
-def make_accelerator(config: PPOConfig) -> Accelerator:
-    """accelerate's view of this process, with the trackers that log_with names. Raises InputError for fp16."""
+def make_accelerator(config: PPOConfig, device: Device) -> Accelerator:
+    """accelerate's view of this process, with the trackers that log_with names.
+
+    The precision is the device's own unless accelerator_kwargs, or the environment as accelerate reads it, says
+    otherwise. Raises InputError for fp16.
+    """
     project = ProjectConfiguration(**config.project_kwargs) if config.project_kwargs else None
-    accelerator = Accelerator(log_with=config.log_with, project_config=project, **config.accelerator_kwargs)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", device.precision)
+    settings = {"mixed_precision": precision, **config.accelerator_kwargs}
+    accelerator = Accelerator(log_with=config.log_with, project_config=project, **settings)
     if accelerator.mixed_precision == "fp16":
         raise InputError(
             "accelerator_kwargs has mixed_precision='fp16', whose gradients overflow without a scaled loss: use bf16"
         )
     if config.log_with is not None:
-        settings = {
+        told = {
             name: value if isinstance(value, (int, float)) else str(value) for name, value in config.to_dict().items()
         }
-        accelerator.init_trackers(config.tracker_project_name, config=settings, init_kwargs=config.tracker_kwargs)
+        accelerator.init_trackers(config.tracker_project_name, config=told, init_kwargs=config.tracker_kwargs)
     return accelerator
 
 

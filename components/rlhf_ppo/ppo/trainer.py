@@ -74,7 +74,7 @@ class PPOTrainer:
             raise InputError("reference=None needs a policy with adapters (model_lora_r > 0): give a reference model")
         self.on = device or find_device(config.use_habana)
         set_seed(config.seed)
-        self.accelerator = make_accelerator(config)
+        self.accelerator = make_accelerator(config, self.on)
         self.config = config.at_run_time(
             world_size=self.accelerator.num_processes,
             is_encoder_decoder=policy.decoder_start is not None,

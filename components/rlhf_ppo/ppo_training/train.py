@@ -14,6 +14,7 @@ from torch import nn
 from rlhf_ppo.artifacts import complete_directory, write_whole
 from rlhf_ppo.devices import find_device
 from rlhf_ppo.errors import InputError
+from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings, encode
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
 from rlhf_ppo.ppo.loop import Interrupted
@@ -53,6 +54,8 @@ def train_ppo(
         "prompts_digest": read_json(prompts / "manifest.json").get("digest"),
         "reference_digest": read_json(reference / "digest.json").get("digest"),
     }
+    if settings.ppo.optimize_device_cache:
+        emit("note", step="train_ppo", message=trainer.on.cache)
     # 3. Training, from where an earlier attempt was ended
     main = trainer.accelerator.is_main_process
     with Tracker.for_run("train_ppo", run_id, settings) if main else nullcontext() as tracker:
