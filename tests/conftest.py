@@ -30,3 +30,13 @@ def undisturbed(training_inputs: Path, tmp_path_factory: pytest.TempPathFactory)
     place = tmp_path_factory.mktemp("undisturbed")
     assert worker.finished(worker.start(training_inputs, place)) == 0, (place / "stderr").read_text()
     return place
+
+
+@pytest.fixture(scope="session")
+def undisturbed_two(training_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training by two processes that nothing happened to."""
+    import training_worker as worker
+
+    place = tmp_path_factory.mktemp("undisturbed_two")
+    assert worker.start_two(training_inputs, place).wait(300) == 0, (place / "torchrun").read_text()[-3000:]
+    return place

@@ -164,7 +164,7 @@ def test_accelerators_compute_in_bf16_unless_told_otherwise(
 ) -> None:
     class Asked:
         def __init__(self, mixed_precision: str, **_: Any) -> None:
-            self.mixed_precision = mixed_precision
+            self.mixed_precision, self.num_processes = mixed_precision, 1
 
     gaudi.install(monkeypatch)
     monkeypatch.setattr("rlhf_ppo.ppo.setup.Accelerator", Asked)

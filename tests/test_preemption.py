@@ -38,14 +38,6 @@ def test_sigterm_keeps_everything_wherever_it_comes(
     worker.assert_same(place, undisturbed)
 
 
-@pytest.fixture(scope="module")
-def undisturbed_two(training_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training by two processes that nothing happened to."""
-    place = tmp_path_factory.mktemp("undisturbed_two")
-    assert worker.start_two(training_inputs, place).wait(300) == 0, (place / "torchrun").read_text()[-3000:]
-    return place
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_two_processes_that_are_ended_go_on_with_the_same_bits(
     training_inputs: Path, undisturbed_two: Path, tmp_path: Path, number: signal.Signals

@@ -22,7 +22,7 @@ from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
 from rlhf_ppo.parameters import decode
 from rlhf_ppo.ppo import PPOTrainer
 from rlhf_ppo.ppo.optimization import Optimization
-from rlhf_ppo.ppo_training.train import train_ppo
+from rlhf_ppo.ppo_training.train import train_on_cards
 from rlhf_ppo.reference_snapshot.snapshot import snapshot_reference
 from rlhf_ppo.settings import DataSettings
 from rlhf_ppo.steps import running_step
@@ -46,6 +46,16 @@ def noisy(prompts, responses):
         noise = random.random() + numpy.random.rand() + float(torch.rand(()))
     high = [sum(int(word[1:]) > 33 for word in text.split() if word[1:].isdigit()) for text in responses]
     return [value / 12 + noise for value in high]
+
+def fails_in_the_second(prompts, responses):
+    if os.environ.get("RANK") == "1":
+        raise ConnectionError("the reward service went away")
+    return [1.0] * len(responses)
+
+def is_killed_in_the_second(prompts, responses):
+    if os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), 9)
+    return [1.0] * len(responses)
 """
 SMALL = {
     "model_name": "model", "query_dataset": "rows.jsonl", "reward_model": "noisy_reward:noisy", "steps": 192,
@@ -101,8 +111,8 @@ def _train(inputs: Path, place: Path, values: dict[str, Any], env: dict[str, str
     if "WAIT_IN_UPDATE" in env:
         _wait_in_update(int(env["WAIT_IN_UPDATE"]))
     with running_step("train_ppo"):
-        train_ppo(decode(values).to_json(), inputs / "prompts", inputs / "reference", place / "policy",
-                  place / "history", env.get("RUN_ID", "run-1"))  # fmt: skip
+        train_on_cards(decode(values).to_json(), inputs / "prompts", inputs / "reference", place / "policy",
+                       place / "history", env.get("RUN_ID", "run-1"))  # fmt: skip
 
 
 def _wait_before_update(number: int) -> None:

@@ -77,9 +77,10 @@ class Cuda(Device):
     backend = "nccl"
     cache = "optimize_device_cache returns cached memory to the GPU after every PPO step"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    @property
+    def precision(self) -> str:  # type: ignore[override]
+        """bf16 where the GPU has it."""
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
     def count(self) -> int:
         """How many of them this process sees."""

@@ -24,6 +24,7 @@ from rlhf_ppo.settings import (
     GateSettings,
     HubSettings,
     ModelSettings,
+    NodeSettings,
     RewardSettings,
     RolloutSettings,
     TrackingSettings,
@@ -41,6 +42,7 @@ class RunSettings:
     rollout: RolloutSettings
     algorithm: AlgorithmSettings
     checkpoint: CheckpointSettings
+    node: NodeSettings
     evaluation: EvaluationSettings
     gate: GateSettings
     hub: HubSettings

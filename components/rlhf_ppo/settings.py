@@ -192,6 +192,18 @@ class CheckpointSettings(Checked):
 
 
 @dataclass(frozen=True)
+class NodeSettings(Checked):
+    """What training runs on."""
+
+    node_processes: int = declare(
+        0,
+        "Training processes in the pod, connected, each with batch_size samples of its own; 0 is one per card, and one "
+        "on a CPU.",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True)
 class EvaluationSettings(Checked):
     """How the policy is compared with the reference on held-out prompts."""
 

@@ -88,6 +88,7 @@ def validate_config(
     checkpoint_name: str = "",
     checkpoint_every: int = 5,
     checkpoint_keep: int = 2,
+    node_processes: int = 0,
     eval_max_prompts: int = 256,
     eval_samples_per_prompt: int = 1,
     eval_seed: int = 1234,

@@ -26,6 +26,12 @@ def make_accelerator(config: PPOConfig, device: Device) -> Accelerator:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", device.precision)
     settings = {"mixed_precision": precision, **config.accelerator_kwargs}
     accelerator = Accelerator(log_with=config.log_with, project_config=project, **settings)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise InputError(
+            f"{started} processes were started, and accelerate connects {accelerator.num_processes}: on CPUs it wants "
+            "ACCELERATE_USE_CPU=true in the environment"
+        )
     if accelerator.mixed_precision == "fp16":
         raise InputError(
             "accelerator_kwargs has mixed_precision='fp16', whose gradients overflow without a scaled loss: use bf16"

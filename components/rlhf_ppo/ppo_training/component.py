@@ -31,7 +31,7 @@ def train_ppo(
     with running_step("train_ppo"):
         from rlhf_ppo.ppo_training import train
 
-        final = train.train_ppo(
+        final = train.train_on_cards(
             config, Path(prompts.path), Path(reference.path), Path(policy.path), Path(history.path), run_id
         )
         # The tracker has the same names per step; KFP's MLflow plugin logs these to the same run.

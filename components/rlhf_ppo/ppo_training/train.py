@@ -15,17 +15,44 @@ from rlhf_ppo.artifacts import complete_directory, write_whole
 from rlhf_ppo.devices import find_device
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
+from rlhf_ppo.launch import processes_on, run_processes
 from rlhf_ppo.parameters import RunSettings, encode
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
 from rlhf_ppo.ppo.loop import Interrupted
 from rlhf_ppo.ppo.models import decoder_start, load_critic, load_model, shared_reference
 from rlhf_ppo.ppo.rewards import Reward, load_reward, score
-from rlhf_ppo.ppo_training.keep import Keeper
+from rlhf_ppo.ppo_training.keep import Keeper, Stopped
 from rlhf_ppo.ppo_training.policy_files import read_value_head
 from rlhf_ppo.ppo_training.record import Recorder
 from rlhf_ppo.preemption import Preemption
 from rlhf_ppo.settings import ModelSettings
 from rlhf_ppo.tracking import Tracker
+
+
+def train_on_cards(
+    config: str, prompts: Path, reference: Path, policy: Path, history: Path, run_id: str
+) -> dict[str, float]:
+    """``train_ppo`` in one process for each card, or in as many as node_processes says.
+
+    Raises what train_ppo raises, and ProcessFailed where one of several processes failed in another way.
+    """
+    settings = RunSettings.from_json(config)
+    device = find_device(settings.ppo.use_habana)
+    processes = processes_on(device, settings.node.node_processes)
+    if processes == 1:
+        return train_ppo(config, prompts, reference, policy, history, run_id)
+    paths = {"prompts": prompts, "reference": reference, "policy": policy, "history": history}
+    arguments = {"config": config, "run_id": run_id, **{name: str(path) for name, path in paths.items()}}
+    kinds = {kind.__name__: kind for kind in (InputError, Stopped)}
+    found: dict[str, float] = run_processes("rlhf_ppo.ppo_training", arguments, processes, device, kinds)
+    return found
+
+
+def train_from_names(
+    config: str, prompts: str, reference: str, policy: str, history: str, run_id: str
+) -> dict[str, float]:
+    """``train_ppo`` with paths as texts."""
+    return train_ppo(config, Path(prompts), Path(reference), Path(policy), Path(history), run_id)
 
 
 def train_ppo(

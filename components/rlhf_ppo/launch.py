@@ -1,0 +1,124 @@
+"""One training process for each card of a pod, by torch's elastic launcher, and one error to read at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rlhf_ppo.devices import Device
+from rlhf_ppo.errors import InputError
+
+ARGUMENTS, RESULT, FAILURE = "arguments.json", "result.json", "failure-*.json"
+
+
+class ProcessFailed(RuntimeError):
+    """A training process failed, or was killed."""
+
+
+def processes_on(device: Device, wanted: int) -> int:
+    """How many processes to start: ``wanted``, or with 0 one for each card. Raises InputError where there are fewer."""
+    cards = device.count()
+    if device.name != "cpu" and wanted > cards:
+        raise InputError(
+            f"node_processes={wanted}, and this pod sees {cards} {device.name} cards: ask for as many, or set 0 for "
+            "one process on each"
+        )
+    return wanted or cards
+
+
+def run_processes(
+    module: str, arguments: Mapping[str, Any], processes: int, device: Device, kinds: Mapping[str, type[Exception]]
+) -> Any:
+    """Run ``python -m module DIRECTORY``, which calls ``in_process``, in several processes; what the first returned.
+
+    SIGTERM is handed on to them. Raises the first failure: of a class that ``kinds`` names as it was, of another as
+    ProcessFailed, which names the process.
+    """
+    with tempfile.TemporaryDirectory(prefix="rlhf-ppo-") as name:
+        place = Path(name)
+        (place / ARGUMENTS).write_text(json.dumps(dict(arguments)), encoding="utf-8")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        # What can be imported here can be there.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        if device.name == "cpu":
+            environment["ACCELERATE_USE_CPU"] = "true"  # It connects processes on CPUs only where it is told.
+        process = subprocess.Popen([*launcher, "--max-restarts=0", "-m", module, name], env=environment)
+        try:
+            with _handing_on(process):
+                status = process.wait()
+        finally:
+            _end(process)
+        if status != 0 or not (place / RESULT).exists():
+            raise _failure(place, status, processes, kinds)
+        return json.loads((place / RESULT).read_text(encoding="utf-8"))
+
+
+def in_process(work: Callable[..., Any], directory: str) -> None:
+    """The part of one process: call ``work`` with the arguments in ``directory``, and leave there how it ended."""
+    place, rank = Path(directory), int(os.environ.get("RANK", "0"))
+    try:
+        result = work(**json.loads((place / ARGUMENTS).read_text(encoding="utf-8")))
+    except BaseException as error:
+        told = {"kind": type(error).__name__, "message": str(error), "rank": rank, "time": time.time()}
+        _write(place / FAILURE.replace("*", str(rank)), told)
+        traceback.print_exc()
+        # The launcher's own report would hide the traceback above behind its table.
+        sys.exit(1)
+    if rank == 0:
+        _write(place / RESULT, result)
+
+
+def _write(path: Path, value: Any) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(value), encoding="utf-8")
+    unfinished.rename(path)
+
+
+def _failure(place: Path, status: int, processes: int, kinds: Mapping[str, type[Exception]]) -> Exception:
+    """What the process that failed first said. The others fail after it, of its absence."""
+    told = sorted((json.loads(path.read_text(encoding="utf-8")) for path in place.glob(FAILURE)), key=_when)
+    if not told:
+        return ProcessFailed(
+            f"a training process ended without a word (status {status}): it was killed, often for want of memory; the "
+            "lines above have its number and signal"
+        )
+    first = told[0]
+    if first["kind"] in kinds:
+        return kinds[first["kind"]](first["message"])
+    return ProcessFailed(f"process {first['rank']} of {processes}: {first['kind']}: {first['message']}")
+
+
+def _when(failure: dict[str, Any]) -> float:
+    return float(failure["time"])
+
+
+@contextmanager
+def _handing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """SIGTERM goes to the launcher, which hands it on to its processes and waits for them."""
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """No process is left behind, whatever ended the wait."""
+    if process.poll() is None:
+        process.terminate()
+        process.wait()
