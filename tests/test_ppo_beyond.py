@@ -481,7 +481,7 @@ def test_fp16_without_a_scaled_loss_is_refused(monkeypatch: pytest.MonkeyPatch) 
     from rlhf_ppo.ppo import setup
 
     class Half:
-        mixed_precision = "fp16"
+        mixed_precision, num_processes = "fp16", 1
 
     monkeypatch.setattr(setup, "Accelerator", lambda **_: Half())
     with pytest.raises(InputError, match="mixed_precision='fp16'.*use bf16"):

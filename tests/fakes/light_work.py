@@ -38,7 +38,7 @@ def prepare_dataset(*, query_dataset, data, remove_unused_columns, max_new_token
     return {"source": query_dataset, "revision": None, "digest": "d2", "train": 9, "validation": 1}
 
 
-def train_ppo(config, prompts, reference, policy, history, run_id):
+def train_on_cards(config, prompts, reference, policy, history, run_id):
     _called(
         "train_ppo",
         config=config,
