@@ -20,11 +20,12 @@ LAZY_MODE = "PT_HPU_LAZY_MODE"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a device: in use by this process, the most that ever was, and what the device has."""
+    """Bytes of a device: in use by this process, the most that ever was, what it has, and what other processes hold."""
 
     allocated: int
     peak: int
     total: int
+    others: int = 0
 
 
 class Device:
@@ -77,6 +78,9 @@ class Cuda(Device):
     backend = "nccl"
     cache = "optimize_device_cache returns cached memory to the GPU after every PPO step"
 
+    def __init__(self) -> None:
+        self.device = torch.device(self.name, int(os.environ.get("LOCAL_RANK", "0")))
+
     @property
     def precision(self) -> str:  # type: ignore[override]
         """bf16 where the GPU has it."""
@@ -88,8 +92,10 @@ class Cuda(Device):
 
     def memory(self) -> Memory:
         """Its memory, as this process sees it."""
-        _, total = torch.cuda.mem_get_info()
-        return Memory(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), total)
+        free, total = torch.cuda.mem_get_info(self.device)
+        own = torch.cuda.memory_reserved(self.device)
+        allocated, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return Memory(allocated, peak, total, max(total - free - own, 0))
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given."""

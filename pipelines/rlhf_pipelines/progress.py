@@ -20,6 +20,7 @@ TOLD = {
     "checkpoint_failed": "checkpoint {name} can't be written: {reason}",
     "warning": "{step:<20}{message}",
     "note": "{step:<20}{message}",
+    "preflight": "{step:<20}{message}",
 }
 """Events that are worth a line of their own."""
 

@@ -25,6 +25,7 @@ from rlhf_ppo.ppo_training.keep import Keeper, Stopped
 from rlhf_ppo.ppo_training.policy_files import read_value_head
 from rlhf_ppo.ppo_training.record import Recorder
 from rlhf_ppo.preemption import Preemption
+from rlhf_ppo.preflight import preflight
 from rlhf_ppo.settings import ModelSettings
 from rlhf_ppo.tracking import Tracker
 
@@ -69,9 +70,10 @@ def train_ppo(
     settings = RunSettings.from_json(config)
     # 1. The cheap things first: what is wrong with them ends the step in seconds.
     device = find_device(settings.ppo.use_habana)
+    preflight(settings, reference, device)
     rows = read_prompts(prompts / "train.parquet")
     reward = load_reward(
-        str(settings.ppo.reward_model), settings.reward, device.name, static=settings.ppo.pad_for_acceleration
+        str(settings.ppo.reward_model), settings.reward, str(device.device), static=settings.ppo.pad_for_acceleration
     )
     _try_reward(reward, rows)
     # 2. Models
