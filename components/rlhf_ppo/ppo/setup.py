@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor
 
 from rlhf_ppo.config import PPOConfig
@@ -24,7 +24,9 @@ def make_accelerator(config: PPOConfig, device: Device) -> Accelerator:
     """
     project = ProjectConfiguration(**config.project_kwargs) if config.project_kwargs else None
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", device.precision)
-    settings = {"mixed_precision": precision, **config.accelerator_kwargs}
+    # A language model's buffers are constants: nothing of them has to be sent with every pass.
+    connected = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    settings = {"mixed_precision": precision, "kwargs_handlers": [connected], **config.accelerator_kwargs}
     accelerator = Accelerator(log_with=config.log_with, project_config=project, **settings)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
