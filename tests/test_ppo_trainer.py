@@ -220,6 +220,27 @@ def test_a_skipped_minibatch_moves_nothing_unlike_trl(fused: bool) -> None:
     assert all(torch.equal(after[key][name], value) for key, kept in moments.items() for name, value in kept.items())
 
 
+def test_the_gradients_norm_is_the_mean_over_steps_that_counted() -> None:
+    trained = trainer(ppo_epochs=1, mini_batch_size=4)
+    trained.current = begun(trained, trained.rollout(queries(*[4] * 8)), [float(row) for row in range(8)])
+    trained.current.experience.logprobs[0] -= 50
+    stats = trained.finish_update()
+    assert trained.last_update is not None and stats["ppo/policy/skipped_minibatches"] == 1
+    norms = {bool(counted): float(norm) for norm, counted in trained.last_update.norms}
+    assert norms == {False: 0.0, True: pytest.approx(stats["ppo/grad_norm"])} and stats["ppo/grad_norm"] > 0
+
+
+def test_an_update_that_was_given_up_leaves_nothing_to_the_next() -> None:
+    first, second = trainer(), trainer()
+    first.begin_update(first.rollout(queries(*[4] * 8)), [1.0, 0, 2, 0, 3, 0, 1, 0])
+    assert first.current is not None and first.optimization.advance(first.current)
+    first.begin_update(first.rollout(queries(*[5] * 8, seed=9)), [float(row) for row in range(8)])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    first.finish_update()
+    second.finish_update()
+    assert largest_difference(weights(first), weights(second)) == 0
+
+
 def gradients(trained: PPOTrainer) -> dict[str, Tensor]:
     return {name: value.grad.clone() for name, value in trained.policy.named_parameters() if value.grad is not None}
 
