@@ -174,6 +174,17 @@ def test_accelerators_compute_in_bf16_unless_told_otherwise(
     assert make_accelerator(config, Hpu(CPU) if device == "hpu" else Device()).mixed_precision == expected
 
 
+def test_processes_that_accelerate_does_not_connect_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Alone:
+        def __init__(self, **_: Any) -> None:
+            self.mixed_precision, self.num_processes = "no", 1
+
+    monkeypatch.setattr("rlhf_ppo.ppo.setup.Accelerator", Alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes were started, and accelerate connects 1"):
+        make_accelerator(PPOConfig(batch_size=2, mini_batch_size=1), Device())
+
+
 def test_values_are_fp32_where_the_model_computes_in_bf16() -> None:
     torch.manual_seed(0)
     head, hidden = ValueHead(32), torch.randn(5, 32)
