@@ -66,7 +66,11 @@ def test_the_step_trains_in_two_processes_as_torchrun_does_and_goes_on_after_sig
     ("reward", "message", "input_error"),
     [
         ("fails_in_the_second", "ProcessFailed: process 1 of 2: ConnectionError: the reward service went away", False),
-        ("is_killed_in_the_second", "ProcessFailed: a training process ended without a word (status 1): it was", False),
+        (
+            "is_killed_in_the_second",
+            "ProcessFailed: process 1 of 2 was ended by SIGKILL; that is often for want",
+            False,
+        ),
         ("not_there", "reward_model='noisy_reward:not_there': the module noisy_reward has no function", True),
     ],
 )

@@ -53,7 +53,8 @@ def fails_in_the_second(prompts, responses):
     return [1.0] * len(responses)
 
 def is_killed_in_the_second(prompts, responses):
-    if os.environ.get("RANK") == "1":
+    # Not in the trial before training: the processes are connected, and the first notices that the second is gone.
+    if os.environ.get("RANK") == "1" and len(responses) > 2:
         os.kill(os.getpid(), 9)
     return [1.0] * len(responses)
 """

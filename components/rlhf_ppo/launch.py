@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from rlhf_ppo.devices import Device
 from rlhf_ppo.errors import InputError
 
-ARGUMENTS, RESULT, FAILURE = "arguments.json", "result.json", "failure-*.json"
+ARGUMENTS, RESULT, FAILURE, KILLED = "arguments.json", "result.json", "failure-*.json", "killed.json"
 
 
 class ProcessFailed(RuntimeError):
@@ -48,12 +49,13 @@ def run_processes(
     with tempfile.TemporaryDirectory(prefix="rlhf-ppo-") as name:
         place = Path(name)
         (place / ARGUMENTS).write_text(json.dumps(dict(arguments)), encoding="utf-8")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        launcher = [sys.executable, "-m", "rlhf_ppo.launch", module, name, str(processes)]
         # What can be imported here can be there.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment.setdefault("OMP_NUM_THREADS", "1")  # As torchrun does.
         if device.name == "cpu":
             environment["ACCELERATE_USE_CPU"] = "true"  # It connects processes on CPUs only where it is told.
-        process = subprocess.Popen([*launcher, "--max-restarts=0", "-m", module, name], env=environment)
+        process = subprocess.Popen(launcher, env=environment)
         try:
             with _handing_on(process):
                 status = process.wait()
@@ -62,6 +64,32 @@ def run_processes(
         if status != 0 or not (place / RESULT).exists():
             raise _failure(place, status, processes, kinds)
         return json.loads((place / RESULT).read_text(encoding="utf-8"))
+
+
+def main(module: str, directory: str, processes: int) -> None:
+    """The launcher's own process: start the others, and leave in ``directory`` which of them was killed, if one was."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, directory)
+    except ChildFailedError as error:
+        # Of SIGTERM die those that the launcher ends after another's failure.
+        killed = [(f.timestamp, rank, -f.exitcode) for rank, f in error.failures.items() if f.exitcode < 0]
+        by_others = sorted(found for found in killed if found[2] != signal.SIGTERM)
+        if by_others and by_others[0][0] <= min(f.timestamp for f in error.failures.values()):
+            _, rank, number = by_others[0]
+            _write(Path(directory) / KILLED, {"rank": rank, "signal": signal.Signals(number).name})
+        sys.exit(1)
 
 
 def in_process(work: Callable[..., Any], directory: str) -> None:
@@ -87,11 +115,14 @@ def _write(path: Path, value: Any) -> None:
 
 def _failure(place: Path, status: int, processes: int, kinds: Mapping[str, type[Exception]]) -> Exception:
     """What the process that failed first said. The others fail after it, of its absence."""
+    if (place / KILLED).exists():
+        killed = json.loads((place / KILLED).read_text(encoding="utf-8"))
+        cause = "; that is often for want of memory" if killed["signal"] == "SIGKILL" else ""
+        return ProcessFailed(f"process {killed['rank']} of {processes} was ended by {killed['signal']}{cause}")
     told = sorted((json.loads(path.read_text(encoding="utf-8")) for path in place.glob(FAILURE)), key=_when)
     if not told:
         return ProcessFailed(
-            f"a training process ended without a word (status {status}): it was killed, often for want of memory; the "
-            "lines above have its number and signal"
+            f"the training processes ended without a word (status {status}): the lines above may say more"
         )
     first = told[0]
     if first["kind"] in kinds:
@@ -122,3 +153,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
         process.wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -83,10 +83,10 @@ def train_ppo(
         "prompts_digest": read_json(prompts / "manifest.json").get("digest"),
         "reference_digest": read_json(reference / "digest.json").get("digest"),
     }
-    if settings.ppo.optimize_device_cache:
+    main = trainer.accelerator.is_main_process
+    if settings.ppo.optimize_device_cache and main:
         emit("note", step="train_ppo", message=trainer.on.cache)
     # 3. Training, from where an earlier attempt was ended
-    main = trainer.accelerator.is_main_process
     with Tracker.for_run("train_ppo", run_id, settings) if main else nullcontext() as tracker:
         if tracker is not None:
             _describe(tracker, settings, trainer, prompts, digests)
