@@ -131,7 +131,7 @@ def test_presets() -> None:
     assert set(PRESETS) == {"itrex", "trl"}
 
 
-OTHER: dict[type, Any] = {str: "x y", int: 7, float: 0.5, bool: True, dict: {"a": {"b": 1, "c": 1.5}}}
+OTHER: dict[type, Any] = {str: "x y", int: 7, float: 0.5, bool: True, dict: {"a": {"b": 1, "c": 1.5}}, list: [{"a": 1}]}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

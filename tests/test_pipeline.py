@@ -22,7 +22,14 @@ from rlhf_ppo.fields import Parameter
 from rlhf_ppo.parameters import PARAMETERS, RunSettings, decode, defaults, encode
 
 FAKES = Path(__file__).parent / "fakes"
-TYPES = {str: "STRING", int: "NUMBER_INTEGER", float: "NUMBER_DOUBLE", bool: "BOOLEAN", dict: "STRUCT"}
+TYPES = {
+    str: "STRING",
+    int: "NUMBER_INTEGER",
+    float: "NUMBER_DOUBLE",
+    bool: "BOOLEAN",
+    dict: "STRUCT",
+    list: "LIST",
+}
 STEPS = ["snapshot_reference", "prepare_dataset", "train_ppo", "evaluate_policy", "gate"]
 
 
@@ -174,6 +181,8 @@ def something_else(parameter: Parameter) -> Any:
         return f"another {parameter.name}"
     if parameter.type is dict:
         return {"repo_id": "me/model", "deep": {"count": 3, "rate": 0.5}}
+    if parameter.type is list:
+        return [{"key": "pool", "tolerationSeconds": 2}]
     if declaration.maximum is not None and declaration.maximum <= 1:
         return 0.25
     return default * 2 if default else parameter.type(2)
@@ -188,6 +197,7 @@ def test_every_parameter_reaches_the_steps_as_it_was_given(run: Run) -> None:
     given |= {"pad_max_input_len": 1024, "pad_max_len": 2048, "log_with": "mlflow", "eval_seed": 2**31}
     given |= {"checkpoint_name": "mine", "ppo_shared_layers": 0, "ppo_value_head": given["model_name"]}
     given |= {"reward_sum": {given["reward_model"]: 0.5}}
+    given |= {"node_cpu": "500m", "node_memory": "64Gi", "node_selector": {"pool": "a"}, "use_habana": False}
     calls = run.start(**given)
     expected = encode(decode(given))
     arrived = encode(RunSettings.from_json(calls["train_ppo"]["config"]))

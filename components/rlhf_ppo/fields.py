@@ -60,11 +60,11 @@ def declare(
     above: float | None = None,
     maximum: float | None = None,
 ) -> Any:
-    """A dataclass field with its declaration; ``default`` may be a dict, which is copied per instance."""
+    """A dataclass field with its declaration; ``default`` may be an empty dict or list, made anew per instance."""
     declaration = Declaration(help, unit, tuple(choices), minimum, above, maximum)
     metadata = {"declaration": declaration}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata=metadata)
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(default_factory=type(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -105,6 +105,7 @@ _KINDS: dict[type, str] = {
     float: "a number",
     bool: "true or false",
     dict: "a JSON object",
+    list: "a JSON list",
 }
 
 
@@ -125,7 +126,7 @@ def parameters_of(cls: type) -> tuple[Parameter, ...]:
         if declaration.runtime:
             continue
         kind, optional = _plain_type(hints[field.name])
-        default = {} if field.default is dataclasses.MISSING else field.default
+        default = kind() if field.default is dataclasses.MISSING else field.default
         found.append(Parameter(field.name, kind, optional, default, declaration))
     return tuple(found)
 

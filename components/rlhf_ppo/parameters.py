@@ -89,6 +89,26 @@ class RunSettings:
             )
         if self.ppo.pad_for_acceleration:
             found += self._padding_problems()
+        return found + self._node_problems()
+
+    def _node_problems(self) -> list[str]:
+        found, accelerator = [], self.node.node_accelerator
+        if accelerator and self.ppo.use_habana != accelerator.startswith("habana.ai/"):
+            found.append(
+                f"use_habana={self.ppo.use_habana} contradicts node_accelerator={accelerator!r}: set "
+                f"use_habana={not self.ppo.use_habana}, or name the other card"
+            )
+        if self.node.node_sharding:
+            if not self.ppo.pad_for_acceleration:
+                found.append(
+                    "node_sharding=True needs pad_for_acceleration=True: all processes must make the same passes, of "
+                    "the same shapes"
+                )
+            if self.algorithm.ppo_shared_layers:
+                found.append(
+                    f"ppo_shared_layers={self.algorithm.ppo_shared_layers} can't be combined with node_sharding=True: "
+                    "set it to 0"
+                )
         return found
 
     def _padding_problems(self) -> list[str]:
@@ -145,7 +165,7 @@ def from_kfp(parameter: Parameter, value: Any) -> Any:
         return int(value)
     if parameter.type is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    return _integral(value) if parameter.type is dict else value
+    return _integral(value) if parameter.type in (dict, list) else value
 
 
 def _integral(value: Any) -> Any:
@@ -228,4 +248,4 @@ def _parse(parameter: Parameter, text: str) -> Any:
         return None
     if parameter.type is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
-    return json.loads(text) if parameter.type is dict else parameter.type(text)
+    return json.loads(text) if parameter.type in (dict, list) else parameter.type(text)

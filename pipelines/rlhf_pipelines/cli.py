@@ -87,7 +87,17 @@ def _parser() -> argparse.ArgumentParser:
     fields.set_defaults(command=_fields)
     compiled = commands.add_parser("compile", help="write the compiled pipeline for a cluster")
     compiled.add_argument("-o", "--output", metavar="FILE", help="YAML file to write; default: standard output")
-    compiled.add_argument("--image", help="image of your registry that all steps run in, built from images/")
+    compiled.add_argument(
+        "--image",
+        help="image of your registry that all steps run in, built from images/cpu; training and evaluation run in the "
+        "one that the parameter node_image names, whose default becomes this one, too",
+    )
+    compiled.add_argument(
+        "--volume",
+        metavar="CLAIM",
+        help="persistent volume claim, in the namespace of the runs, that training keeps its checkpoints on, so that a "
+        "retry goes on; for node_count it must be one that many nodes can write to (ReadWriteMany)",
+    )
     compiled.set_defaults(command=_compile)
     return parser
 
@@ -226,12 +236,9 @@ def _listed() -> list[dict[str, Any]]:
 
 
 def _compile(given: argparse.Namespace) -> int:
-    from rlhf_pipelines.compile import COMPILED
-    from rlhf_ppo.images import CPU_IMAGE
+    from rlhf_pipelines.compile import packaged
 
-    text = COMPILED.read_text(encoding="utf-8")
-    if given.image:
-        text = text.replace(f"image: {CPU_IMAGE}\n", f"image: {given.image}\n")
+    text = packaged(image=given.image, volume=given.volume)
     if given.output:
         Path(given.output).write_text(text, encoding="utf-8")
     else:

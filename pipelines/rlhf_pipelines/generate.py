@@ -51,7 +51,7 @@ def signature(names: Iterable[str]) -> str:
     lines = []
     for name in names:
         default = json.dumps(values[name]) if PARAMETERS[name].type is str else repr(values[name])
-        note = "  # noqa: B006" if PARAMETERS[name].type is dict else ""
+        note = "  # noqa: B006" if PARAMETERS[name].type in (dict, list) else ""
         lines.append(f"    {name}: {PARAMETERS[name].type.__name__} = {default},{note}\n")
     return "".join(lines)
 

@@ -17,6 +17,16 @@ PIPELINE_NAME = "rlhf-ppo"
 HF_SECRET = "hf-token"
 """Kubernetes secret, in the namespace of the run, whose key HF_TOKEN opens private repositories; may be absent."""
 
+TRAINING_POD = (
+    "train_accelerator",
+    "train_accelerator_count",
+    "train_cpu",
+    "train_memory",
+    "train_node_selector",
+    "train_tolerations",
+)
+"""Outputs of validate_config: what train_ppo's pod asks for."""
+
 
 def wire(parameters: dict[str, Any]) -> None:
     """Make the tasks and their order; ``parameters`` are the pipeline's inputs by name."""
@@ -58,6 +68,10 @@ def wire(parameters: dict[str, Any]) -> None:
         # 3. Train
         trained = train_ppo(config=config, run_id=run_id, prompts=prompts, reference=reference)
         _set_up(trained, "Train the policy with PPO", cached=False, retries=2)
+        # Where a TrainJob has the cards, the step that waits for it asks for none.
+        pod = {name.removeprefix("train_"): validated.outputs[name] for name in TRAINING_POD}
+        _place(trained, image=parameters["node_image"], **pod)
+        kubernetes.empty_dir_mount(trained, "shm", "/dev/shm", medium="Memory")  # Else 64 MiB, too little for NCCL.
         policy = trained.outputs["policy"]
 
         # 4. Judge
@@ -70,6 +84,16 @@ def wire(parameters: dict[str, Any]) -> None:
             history=trained.outputs["history"],
         )
         _set_up(evaluated, "Evaluate policy against reference", cached=False, retries=2)
+        _place(
+            evaluated,
+            image=parameters["node_image"],
+            accelerator=parameters["node_accelerator"],
+            accelerator_count="1",
+            cpu=parameters["node_cpu"],
+            memory=parameters["node_memory"],
+            node_selector=parameters["node_selector"],
+            tolerations=parameters["node_tolerations"],
+        )
         judged = gate(evaluation=evaluated.outputs["evaluation"])
         _set_up(judged, "Gate", cached=False, retries=0, token=False)
 
@@ -90,6 +114,26 @@ def _set_up(task: dsl.PipelineTask, label: str, *, cached: bool, retries: int, t
         task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
     if token:
         kubernetes.use_secret_as_env(task, HF_SECRET, {"HF_TOKEN": "HF_TOKEN"}, optional=True)
+
+
+def _place(
+    task: dsl.PipelineTask,
+    *,
+    image: Any,
+    accelerator: Any,
+    accelerator_count: Any,
+    cpu: Any,
+    memory: Any,
+    node_selector: Any,
+    tolerations: Any,
+) -> None:
+    """Let ``task`` run on the nodes that parameters of the run name; KFP ignores an accelerator without a name."""
+    task.set_container_image(image)
+    task.set_accelerator_type(accelerator).set_accelerator_limit(accelerator_count)
+    # Equal requests and limits, which hugepages and CPU pinning ask for.
+    task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
+    kubernetes.add_node_selector_json(task, node_selector)
+    kubernetes.add_toleration_json(task, tolerations)
 
 
 @dsl.pipeline(name=PIPELINE_NAME, display_name="RLHF with PPO")
@@ -172,7 +216,19 @@ def ppo(
     checkpoint_name: str = "",
     checkpoint_every: int = 5,
     checkpoint_keep: int = 2,
+    node_image: str = "rlhf-ppo/cpu:0.1.0",
+    node_accelerator: str = "",
+    node_accelerator_count: int = 0,
+    node_cpu: str = "0",
+    node_memory: str = "0",
+    node_selector: dict = {},  # noqa: B006
+    node_tolerations: list = [],  # noqa: B006
+    node_timeout_seconds: int = 0,
     node_processes: int = 0,
+    node_sharding: bool = False,
+    node_count: int = 0,
+    node_resources: dict = {},  # noqa: B006
+    node_runtime: str = "torch-distributed",
     eval_max_prompts: int = 256,
     eval_samples_per_prompt: int = 1,
     eval_seed: int = 1234,

@@ -88,7 +88,19 @@ def validate_config(
     checkpoint_name: str = "",
     checkpoint_every: int = 5,
     checkpoint_keep: int = 2,
+    node_image: str = "rlhf-ppo/cpu:0.1.0",
+    node_accelerator: str = "",
+    node_accelerator_count: int = 0,
+    node_cpu: str = "0",
+    node_memory: str = "0",
+    node_selector: dict = {},  # noqa: B006
+    node_tolerations: list = [],  # noqa: B006
+    node_timeout_seconds: int = 0,
     node_processes: int = 0,
+    node_sharding: bool = False,
+    node_count: int = 0,
+    node_resources: dict = {},  # noqa: B006
+    node_runtime: str = "torch-distributed",
     eval_max_prompts: int = 256,
     eval_samples_per_prompt: int = 1,
     eval_seed: int = 1234,
@@ -102,13 +114,25 @@ def validate_config(
     # parameters: end
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Outputs",
-    [("config", str), ("model_revision", str), ("model_digest", str), ("data_revision", str), ("data_digest", str)],
+    [
+        ("config", str),
+        ("model_revision", str),
+        ("model_digest", str),
+        ("data_revision", str),
+        ("data_digest", str),
+        ("train_accelerator", str),
+        ("train_accelerator_count", str),
+        ("train_cpu", str),
+        ("train_memory", str),
+        ("train_node_selector", dict),
+        ("train_tolerations", list),
+    ],
 ):
     """Check every parameter at once, before anything expensive starts, and pin what they name.
 
     Returns:
-        The config as JSON, and what decides the results of the cached steps: the hub's commits and the local data's
-        digests.
+        The config as JSON; what decides the results of the cached steps: the hub's commits and the local data's
+        digests; and what the pod of train_ppo asks Kubernetes for.
     """
     parameters = dict(locals())
     from rlhf_ppo.steps import running_step
@@ -117,4 +141,4 @@ def validate_config(
         from rlhf_ppo.config_validation import validate
 
         config = validate.validate_config(parameters)
-        return (config, *validate.cache_keys(config))
+        return (config, *validate.cache_keys(config), *validate.training_pod(config))

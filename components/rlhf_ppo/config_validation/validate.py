@@ -29,6 +29,17 @@ class CacheKeys(NamedTuple):
     data_digest: str
 
 
+class TrainingPod(NamedTuple):
+    """What the pod of train_ppo asks Kubernetes for; KFP reads an empty accelerator, and "0", as no wish."""
+
+    accelerator: str
+    accelerator_count: str
+    cpu: str
+    memory: str
+    node_selector: dict[str, str]
+    tolerations: list[dict[str, Any]]
+
+
 def validate_config(parameters: Mapping[str, Any]) -> str:
     """The settings that ``parameters``, in KFP's encoding, stand for, as JSON, with branches of the hub made commits.
 
@@ -58,6 +69,21 @@ def cache_keys(config: str) -> CacheKeys:
         model_digest=sources.digest(settings.ppo.model_name, model),
         data_revision=data,
         data_digest=sources.digest(settings.ppo.query_dataset, data),
+    )
+
+
+def training_pod(config: str) -> TrainingPod:
+    """The pod for ``config``: with node_count it only waits for a TrainJob, whose pods have the cards."""
+    node = RunSettings.from_json(config).node
+    if node.node_count:
+        return TrainingPod("", "0", "0", "0", {}, [])
+    return TrainingPod(
+        node.node_accelerator,
+        str(node.node_accelerator_count),
+        node.node_cpu,
+        node.node_memory,
+        node.node_selector,
+        node.node_tolerations,
     )
 
 

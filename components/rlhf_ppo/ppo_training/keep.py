@@ -19,8 +19,8 @@ from rlhf_ppo.ppo.randomness import random_state, set_random_state
 from rlhf_ppo.ppo_training.policy_files import save_policy
 from rlhf_ppo.ppo_training.record import Recorder
 from rlhf_ppo.preemption import Preemption
+from rlhf_ppo.volume import CHECKPOINTS_VARIABLE
 
-DIRECTORY_VARIABLE = "RLHF_PPO_CHECKPOINTS"
 DECIDING_GROUPS = ("ppo", "model", "reward", "rollout", "algorithm")
 NOT_DECIDING = frozenset(
     "exp_name log_with task_name model_name model_revision query_dataset remove_unused_columns tracker_kwargs "
@@ -48,7 +48,7 @@ class Keeper:
         self.trainer, self.recorder, self.preemption = trainer, recorder, preemption
         self.every = settings.checkpoint.checkpoint_every
         identity = identity_of(settings, digests, trainer.accelerator.num_processes)
-        place = settings.checkpoint.checkpoint_dir or os.environ.get(DIRECTORY_VARIABLE) or str(beside)
+        place = settings.checkpoint.checkpoint_dir or os.environ.get(CHECKPOINTS_VARIABLE) or str(beside)
         name = settings.checkpoint.checkpoint_name or f"{digest_of(identity)[:16]}"
         self.store = CheckpointStore(Path(place) / name, identity, settings.checkpoint.checkpoint_keep)
         self.resumed_at: int | None = None
