@@ -15,6 +15,7 @@ from torch import nn
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
 from rlhf_ppo.ppo.loop import StepReport
+from rlhf_ppo.ppo.sharding import everywhere, local
 from tiny_models import llama, queries, word_tokenizer
 
 
@@ -40,7 +41,10 @@ def run(case: dict[str, Any], out: Path) -> None:
     values: dict[str, Any] = {"accelerator_kwargs": {"cpu": True}, "learning_rate": 1e-3, "ppo_epochs": 2}
     config = PPOConfig(**{**values, **sizes, **case.get("config", {})})
     made, reference = policy(case)
-    trainer = PPOTrainer(config, made, reference, word_tokenizer(), sampling=Sampling(8, eos_token_ids=(2,)))
+    sharded = bool(case.get("sharded"))
+    sampling = Sampling(case.get("tokens", 8), eos_token_ids=tuple(range(2, 3 + case.get("more_ends", 0))))
+    trainer = PPOTrainer(config, made, reference, word_tokenizer(), sampling=sampling, sharded=sharded)
+    assert trainer.sharded == (sharded and world > 1)
     assert trainer.config.world_size == world and trainer.config.global_batch_size == 8
     trainer.lr_scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1, 0.5)
     reports: list[StepReport] = []
@@ -48,7 +52,15 @@ def run(case: dict[str, Any], out: Path) -> None:
     if case.get("spoil"):
         _spoil(trainer, rank)
     train(trainer, prompts, wants_high_tokens, on_step=reports.append)
-    weights = {name: value.detach() for name, value in trainer.policy.named_parameters()}
+    if trainer.sharded:
+        _check_spread(trainer, world)
+    weights = {name: everywhere(value.detach()) for name, value in trainer.policy.named_parameters()}
+    saved = trainer.whole_policy()
+    assert (saved is not None) == (not trainer.sharded or rank == 0)
+    if saved is not None:
+        assert all(
+            torch.equal(weights[name], value) for name, value in saved.named_parameters() if "critic" not in name
+        )
     torch.save(weights, out / f"weights-{world}-{rank}.pt")
     lines = [
         {
@@ -60,6 +72,16 @@ def run(case: dict[str, Any], out: Path) -> None:
     ]
     (out / f"reports-{world}-{rank}.json").write_text(json.dumps({"lines": lines, "kl": trainer.kl_controller.value}))
     trainer.accelerator.free_memory()
+
+
+def _check_spread(trainer: PPOTrainer, world: int) -> None:
+    """Every weight, gradient and state of Adam, and the reference, is here only in part."""
+    models = [trainer.policy] if trainer.reference is None else [trainer.policy, trainer.reference]
+    for name, value in [pair for model in models for pair in model.named_parameters()]:
+        assert local(value).numel() <= value.numel() // world + value[0].numel(), name
+    for values in trainer.optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert local(values[name]).numel() <= values[name].numel() // world + values[name][0].numel()
 
 
 def _spoil(trainer: PPOTrainer, rank: int) -> None:

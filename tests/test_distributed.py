@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
     "CUDA_VISIBLE_DEVICES": "",
 }
+STATIC = {"pad_for_acceleration": True, "pad_max_input_len": 6, "pad_max_len": 14}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything on": {
@@ -36,6 +37,20 @@ CASES: dict[str, dict[str, Any]] = {
     "skipped optimizer steps": {"minibatch": 2, "spoil": True},
     "adapters": {"lora": True},
     "separate critic": {"critic": True},
+    "sharded": {"sharded": True, "config": STATIC},
+    "sharded, everything on": {
+        "minibatch": 2, "sharded": True,
+        "config": {
+            **STATIC, "gradient_accumulation_steps": 2, "whiten_rewards": True, "max_grad_norm": 0.5,
+            "kl_penalty": "full", "early_stopping": True, "target_kl": 0.002, "ppo_epochs": 6,
+        },
+    },
+    "sharded, skipped optimizer steps": {"minibatch": 2, "spoil": True, "sharded": True, "config": STATIC},
+    "sharded adapters": {"lora": True, "sharded": True, "config": STATIC},
+    "sharded, ending early on one": {
+        "sharded": True, "tokens": 20, "more_ends": 12, "config": {**STATIC, "pad_max_len": 26},
+    },
+    "sharded critic": {"critic": True, "sharded": True, "config": STATIC},
 }  # fmt: skip
 
 
@@ -50,7 +65,9 @@ def launch(out: Path, processes: int) -> None:
             f"--nproc_per_node={processes}",
             WORKER,
         ]
-    done = subprocess.run([*command, json.dumps(CASES), str(out)], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, json.dumps(CASES), str(out)], env=ENVIRONMENT, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -87,6 +104,7 @@ def test_one_process_and_two_give_the_same_weights_and_every_rank_the_same_figur
                 assert a["stats"][figure] == pytest.approx(value, abs=2e-4, rel=2e-4), figure
     assert [line["stats"]["ppo/learning_rate"] for line in left["lines"]] == [1e-3, 5e-4, 2.5e-4]
     last = whole["lines"][-1]["stats"]
-    assert (last["ppo/policy/skipped_minibatches"] > 0) == name.startswith("skipped")
-    if name == "early stopping":
-        assert whole["lines"][0]["stats"]["ppo/policy/minibatches"] < 12
+    assert (last["ppo/policy/skipped_minibatches"] > 0) == ("skipped" in name)
+    if "early_stopping" in CASES[name].get("config", {}):
+        passes = CASES[name]["config"]["ppo_epochs"]
+        assert whole["lines"][0]["stats"]["ppo/policy/minibatches"] < passes * 8 / CASES[name].get("minibatch", 4)

@@ -418,7 +418,7 @@ def test_a_missing_value_head_is_an_error_not_a_random_one_unlike_trl(tmp_path: 
 def test_a_saved_policy_loads_by_itself_and_its_value_head_starts_the_next_training(tmp_path: Path) -> None:
     trained = trainer()
     trained.step(ASKED, trained.generate(ASKED), SCORES)
-    save_policy(trained, tmp_path)
+    save_policy(trained.policy, trained.tokenizer, tmp_path)
     again = PolicyWithValueHead(AutoModelForCausalLM.from_pretrained(tmp_path))
     again.set_value_head(read_value_head(str(tmp_path)))
     assert_equal(weights(trained), {name: value.clone() for name, value in again.state_dict().items()})

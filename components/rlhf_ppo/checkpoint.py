@@ -1,7 +1,8 @@
 """Checkpoints on disk: whole or absent, checked when read, without pickle.
 
 A checkpoint is a directory: ``tensors.safetensors``, ``state.json`` for everything else, and ``manifest.json`` with the
-SHA-256 of both. It is written under another name and renamed, beside training in a thread of its own.
+SHA-256 of both. It is written under another name and renamed, beside training in a thread of its own. What is spread
+over processes stands in ``part-N.safetensors``: each writes its own to ``NAME.parts``, and the first collects them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlhf_ppo.artifacts import digest_of, sha256
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
+from rlhf_ppo.ppo.sharding import local
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+PATIENCE = 1800.0
+"""Seconds for which the first process waits for another's part."""
 Tree = dict[str, Any]
 """Nested dicts and lists of tensors, numbers, texts, booleans and None."""
 
@@ -34,11 +40,15 @@ class DamagedCheckpoint(Exception):
 class CheckpointStore:
     """The checkpoints of one training in ``directory``, of which the latest ``keep`` are kept.
 
-    ``identity`` is everything that decides the training's result; a checkpoint of another is refused.
+    ``identity`` is everything that decides the training's result; a checkpoint of another is refused. ``parts`` is the
+    number of processes that tensors are spread over, 0 where none are; this one is ``process``.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any], keep: int) -> None:
+    def __init__(
+        self, directory: Path, identity: Mapping[str, Any], keep: int, process: int = 0, parts: int = 0
+    ) -> None:
         self.directory, self.identity, self.keep = directory, dict(identity), keep
+        self.process, self.parts = process, parts
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[bool] | None = None
         try:
@@ -47,7 +57,7 @@ class CheckpointStore:
             raise InputError(
                 f"checkpoint_dir: {directory} can't be made ({error}): name a directory that this step may write to"
             ) from error
-        for left_over in directory.glob("*.unfinished"):
+        for left_over in (*directory.glob("*.unfinished"), *directory.glob("*.parts")):
             shutil.rmtree(left_over, ignore_errors=True)
 
     # Writing
@@ -56,21 +66,29 @@ class CheckpointStore:
         """Write ``state`` as ``name``; names sort by age. Returns whether it is, or will be, written.
 
         The state is copied at once and may change afterwards. Without ``wait`` nothing is written while an earlier one
-        still is. A failure is told, and raised only with ``wait``.
+        still is. A failure is told, and raised only with ``wait``. Processes other than the first write their part.
         """
-        if self._writing is not None and not self._writing.done() and not wait:
+        if self.busy and not wait:
             emit("checkpoint_left_out", name=name, reason="the one before is still being written")
             return False
-        tree, tensors = _flattened(state)
-        self._writing = self._writer.submit(self._write, name, tree, tensors, wait)
+        tree, tensors, own = _flattened(state)
+        if self.process == 0:
+            self._writing = self._writer.submit(self._write, name, tree, tensors, own, wait)
+        else:
+            self._writing = self._writer.submit(self._write_part, name, own, wait)
         return self._writing.result() if wait else True
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._writing is not None and not self._writing.done()
 
     def finish_writing(self) -> None:
         """Wait for what is being written."""
         if self._writing is not None:
             self._writing.result()
 
-    def _write(self, name: str, tree: Any, tensors: dict[str, Tensor], strict: bool) -> bool:
+    def _write(self, name: str, tree: Any, tensors: dict[str, Tensor], own: dict[str, Tensor], strict: bool) -> bool:
         from safetensors.torch import save_file
 
         state = {"format": FORMAT, "identity": self.identity, "versions": _versions(), "state": tree}
@@ -78,17 +96,51 @@ class CheckpointStore:
         def fill(directory: Path) -> None:
             save_file(tensors, str(directory / "tensors.safetensors"))
             (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            if self.parts:
+                save_file(own, str(directory / _part(0)))
+                self._collect(name, directory)
 
         try:
             self._seal(name, fill)
         except OSError as error:
-            emit("checkpoint_failed", name=name, directory=str(self.directory), reason=str(error))
-            if strict:
-                raise
-            return False
+            return self._failed(name, error, strict)
         emit("checkpoint_written", name=name, directory=str(self.directory))
         self._prune()
         return True
+
+    def _failed(self, name: str, error: OSError, strict: bool) -> bool:
+        emit("checkpoint_failed", name=name, directory=str(self.directory), reason=str(error))
+        if strict:
+            raise error
+        return False
+
+    def _write_part(self, name: str, own: dict[str, Tensor], strict: bool) -> bool:
+        """Write what this process has of the tensors, for the first one to collect."""
+        from safetensors.torch import save_file
+
+        place = self.directory / f"{name}.parts"
+        part = place / _part(self.process)
+        try:
+            place.mkdir(exist_ok=True)
+            save_file(own, str(part.with_suffix(".unfinished")))
+            _to_disk(part.with_suffix(".unfinished"))
+            os.replace(part.with_suffix(".unfinished"), part)
+        except OSError as error:
+            part.with_suffix(".failed").touch()
+            return self._failed(name, error, strict)
+        return True
+
+    def _collect(self, name: str, directory: Path) -> None:
+        """Move the other processes' parts to ``directory``. Raises OSError where one doesn't come."""
+        place, end = self.directory / f"{name}.parts", time.monotonic() + PATIENCE
+        for process in range(1, self.parts):
+            part = place / _part(process)
+            while not part.exists():
+                if part.with_suffix(".failed").exists() or time.monotonic() > end:
+                    raise OSError(f"process {process} could not write its part")
+                time.sleep(0.05)
+            os.replace(part, directory / part.name)
+        shutil.rmtree(place, ignore_errors=True)
 
     def _seal(self, name: str, fill: Callable[[Path], None]) -> None:
         """Make the directory ``name`` of what ``fill`` writes, whole and on the disk."""
@@ -147,11 +199,13 @@ class CheckpointStore:
         return None
 
     def read(self, name: str) -> Tree:
-        """The state that was saved as ``name``, with its tensors on the CPU."""
+        """The state that was saved as ``name``, with its tensors on the CPU; of what is spread, this process' part."""
         from safetensors.torch import load_file
 
         document = json.loads((self.directory / name / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(str(self.directory / name / "tensors.safetensors"))
+        if self.parts:
+            tensors |= load_file(str(self.directory / name / _part(self.process)))
         found: Tree = _unflattened(document["state"], tensors)
         return found
 
@@ -209,6 +263,10 @@ def check_sealed(directory: Path) -> None:
             raise DamagedCheckpoint(f"{name} was altered or cut short")
 
 
+def _part(process: int) -> str:
+    return f"part-{process:05d}.safetensors"
+
+
 def _best(step: int) -> str:
     return f"best-{step:08d}"
 
@@ -230,13 +288,17 @@ def _versions() -> dict[str, str]:
     return {"rlhf_ppo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _flattened(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """``tree`` as JSON, and copies of its tensors on the CPU by their path in it."""
+def _flattened(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """``tree`` as JSON, and copies of its tensors on the CPU by their path in it: of whole ones, and of spread ones'
+    parts that are here.
+    """
     tensors: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
 
     def flatten(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+            into = parts if isinstance(value, DTensor) else tensors
+            into[path] = local(value.detach()).to("cpu", copy=True).contiguous()
             return {"tensor": path}
         if isinstance(value, Mapping):
             return {"dict": [[key, flatten(inner, f"{path}/{key}")] for key, inner in value.items()]}
@@ -248,7 +310,7 @@ def _flattened(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
             return value
         raise TypeError(f"{path}: {type(value).__name__} can't be kept in a checkpoint")
 
-    return flatten(tree, path), tensors
+    return flatten(tree, path), tensors, parts
 
 
 def _unflattened(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -79,12 +79,13 @@ def sample(
     value_head: ValueHead | None = None,
     padding: Padding | None = None,
     mark_step: Callable[[], None] = lambda: None,
+    agreed: Callable[[Tensor], bool] = bool,
 ) -> Generated:
     """Sample one response to each of the 1-D ``queries``, in the order given, with the numbers that ``draw`` gave.
 
     Log-probabilities are those of the tempered policy, before top_k and top_p. Dropout is off. ``progress`` is told how
-    many responses are done. With ``padding`` every batch has the same shapes. ``mark_step`` is called after
-    every token.
+    many responses are done. With ``padding`` every batch has the same shapes, and ends early where ``agreed`` says
+    so, given whether all responses have ended. ``mark_step`` is called after every token.
     """
     done = Generated()
     with evaluating(model):
@@ -97,7 +98,7 @@ def sample(
                 # The first row fills the last batch up, and counts once.
                 missing = min(batch_size, len(queries)) - len(part)
                 whole, numbers = part + part[:1] * missing, torch.cat([here, here[:1].expand(missing, -1)])
-                found = _FixedDecoding(model, whole, sampling, numbers, value_head, padding).run(mark_step)
+                found = _FixedDecoding(model, whole, sampling, numbers, value_head, padding, agreed).run(mark_step)
             done.responses += found.responses[: len(part)]
             done.logprobs += found.logprobs[: len(part)]
             done.values += found.values[: len(part)]
@@ -243,8 +244,10 @@ class _FixedDecoding(_Decoding):
         uniform: Tensor,
         value_head: ValueHead | None,
         padding: Padding,
+        agreed: Callable[[Tensor], bool],
     ) -> None:
         super().__init__(model, queries, sampling, uniform, value_head, padding)
+        self.agreed = agreed
         device, rows, new = self.rows.device, len(queries), sampling.max_new_tokens
         room = new if self.encoded is not None else padding.query + new
         kept: Any = StaticCache(
@@ -288,7 +291,7 @@ class _FixedDecoding(_Decoding):
             self._say_where()
             mark_step()
             # To ask costs a wait for the device.
-            if number % ASKED_EVERY == ASKED_EVERY - 1 and bool(ended.all()):
+            if number % ASKED_EVERY == ASKED_EVERY - 1 and self.agreed(ended.all()):
                 break
         return self._generated()
 

@@ -348,7 +348,7 @@ def shared_reference(policy: nn.Module, layers: int) -> nn.Module:
     if layers:
         if decoder_start(policy) is not None:
             raise InputError(f"ppo_shared_layers={layers}: an encoder-decoder model shares no layers, set 0")
-        stack = _layers(policy)
+        stack = layers_of(policy)
         if layers >= len(stack):
             raise InputError(
                 f"ppo_shared_layers={layers} is too many: of the model's {len(stack)} layers one must train"
@@ -361,7 +361,7 @@ def shared_reference(policy: nn.Module, layers: int) -> nn.Module:
     return reference.eval().requires_grad_(False)
 
 
-def _layers(model: nn.Module) -> nn.ModuleList:
+def layers_of(model: nn.Module) -> nn.ModuleList:
     """The stack of layers of a decoder-only model."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))

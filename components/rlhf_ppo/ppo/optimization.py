@@ -14,6 +14,7 @@ from rlhf_ppo.ppo.experience import Experience, Update
 from rlhf_ppo.ppo.losses import ppo_loss
 from rlhf_ppo.ppo.models import Padding, PolicyWithValueHead, Sequences, device_of, evaluating
 from rlhf_ppo.ppo.setup import step_unless
+from rlhf_ppo.ppo.sharding import everywhere
 from rlhf_ppo.ppo.tensors import Reduce, pad_rows
 
 LEARNED_FROM = ("mask", "logprobs", "values", "advantages", "returns")
@@ -67,9 +68,11 @@ class Optimization:
         optimizer: torch.optim.Optimizer,
         padding: Padding | None,
         device: Device,
+        sharded: bool = False,
     ) -> None:
         self.config, self.accelerator, self.policy, self.optimizer = config, accelerator, policy, optimizer
-        self.model = accelerator.prepare_model(policy, device_placement=False)
+        self.model = policy if sharded else accelerator.prepare_model(policy, device_placement=False)
+        self.sharded = sharded
         if padding is not None:
             self.model = device.training(self.model)
         self.on, self.device = device, device_of(policy.pretrained_model)
@@ -125,7 +128,9 @@ class Optimization:
         """Add up the gradients of a minibatch, zeros where it is skipped; returns whether it counted, a 0-d tensor."""
         config = self.config
         sequences, lengths, tables = minibatches.of(rows)
-        outputs = self.model(sequences, update.temperature)
+        # A model that accelerate prepared does this by itself.
+        with self.accelerator.autocast() if self.sharded else nullcontext():
+            outputs = self.model(sequences, update.temperature)
         logprobs, values, entropy = (_as_rows(flat, lengths, len(rows)) for flat in outputs)
         of_policy, of_values = logprobs.detach().requires_grad_(), values.detach().requires_grad_()
         loss = ppo_loss(
@@ -160,13 +165,14 @@ class Optimization:
         """
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        skip = (used == 0) | ~torch.isfinite(norm)
+        whole_norm = everywhere(norm)
+        skip = (used == 0) | ~torch.isfinite(whole_norm)
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
         step_unless(self.optimizer, skip)
         self.optimizer.zero_grad(set_to_none=True)
         self.on.mark_step()
-        return torch.stack([norm, (used > 0).float()])
+        return torch.stack([whole_norm, (used > 0).float()])
 
     @property
     def _reduce(self) -> Reduce | None:

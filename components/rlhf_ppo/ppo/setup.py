@@ -14,6 +14,7 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.devices import Device
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.models import PolicyWithValueHead
+from rlhf_ppo.ppo.sharding import local
 
 
 def make_accelerator(config: PPOConfig, device: Device) -> Accelerator:
@@ -61,17 +62,21 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
-                self._step(group, parameters, parameters[0].new_zeros((), dtype=torch.bool) if skip is None else skip)
+                self._step(
+                    group, parameters, local(parameters[0]).new_zeros((), dtype=torch.bool) if skip is None else skip
+                )
 
     def _step(self, group: dict[str, Any], parameters: list[Tensor], skip: Tensor) -> None:
         for p in parameters:
             if not self.state[p]:
                 zeros = [torch.zeros_like(p), torch.zeros_like(p)]
-                self.state[p].update(step=p.new_zeros(()), exp_avg=zeros[0], exp_avg_sq=zeros[1])
+                self.state[p].update(step=local(p).new_zeros(()), exp_avg=zeros[0], exp_avg_sq=zeros[1])
         steps, means, squares = (
             [self.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
         )
-        gradients = [torch.where(skip, 0, p.grad) for p in parameters if p.grad is not None]
+        gradients = [torch.where(skip, 0, local(p.grad)) for p in parameters if p.grad is not None]
+        # What is spread over processes is computed part by part.
+        parameters, means, squares = ([local(t) for t in tensors] for tensors in (parameters, means, squares))
         beta1, beta2 = group["betas"]
         taken = (~skip).to(steps[0].dtype)
         # A number that changes is a tensor: a graph compiled for it as a constant would be compiled again.

@@ -34,6 +34,7 @@ from rlhf_ppo.ppo.models import Padding, PolicyWithValueHead
 from rlhf_ppo.ppo.optimization import SKIPPED, Optimization
 from rlhf_ppo.ppo.rollout import Rollout, critic_values, response_full_kl, response_logprobs, score_with_policy
 from rlhf_ppo.ppo.setup import adam, make_accelerator
+from rlhf_ppo.ppo.sharding import Sharding, local, spread_like, whole
 from rlhf_ppo.ppo.statistics import Clock, batch_statistics
 from rlhf_ppo.ppo.tensors import masked_sum, pad_rows
 
@@ -47,7 +48,8 @@ class PPOTrainer:
     coefficient reads (as kl_penalty; "kl" is ITREX' rule, TRL reads what kl_penalty names). ``missing_eos_penalty`` is
     subtracted from the score of a response that does not end. ``critic_learning_rate`` is that of a separate critic.
     ``between_updates`` is called wherever ``state_dict`` may be taken: after every optimizer step. ``device`` is found
-    by use_habana where it is not given.
+    by use_habana where it is not given. ``sharded`` spreads models and optimizer over all processes (FSDP2); it needs
+    pad_for_acceleration, and what ``state_dict`` then holds of them is this process' part.
 
     With several processes each has its own ``batch_size`` samples; what is computed from them is gathered first, so
     that statistics, whitening, minibatches and every decision are the same on all, and as on one process with all the
@@ -69,6 +71,7 @@ class PPOTrainer:
         critic_learning_rate: float | None = None,
         between_updates: Callable[[], None] | None = None,
         device: Device | None = None,
+        sharded: bool = False,
     ) -> None:
         if reference is None and not policy.is_peft_model:
             raise InputError("reference=None needs a policy with adapters (model_lora_r > 0): give a reference model")
@@ -92,15 +95,16 @@ class PPOTrainer:
                 f"ppo_missing_eos_penalty={missing_eos_penalty}: the model names no end token, so that no response "
                 "ever ends: set 0, or eos_token_id in the model's generation_config.json"
             )
-        self.policy = policy.to(self.device)
-        self.reference = None if reference is None else reference.to(self.device).eval().requires_grad_(False)
+        self.policy = policy
+        self.reference = None if reference is None else reference.eval().requires_grad_(False)
+        self.empty = self._place(sharded and self.accelerator.num_processes > 1, optimizer is not None)
         self.optimizer = optimizer or adam(policy, config.learning_rate, critic_learning_rate)
         self.lr_scheduler = lr_scheduler
         self.controller_kl, self.missing_eos_penalty = controller_kl, missing_eos_penalty
         self.between_updates = between_updates
         self.padding = Padding(config.pad_max_input_len, config.pad_max_len) if config.pad_for_acceleration else None
         self.optimization = Optimization(
-            self.config, self.accelerator, self.policy, self.optimizer, self.padding, self.on
+            self.config, self.accelerator, policy, self.optimizer, self.padding, self.on, self.sharded
         )
         self.kl_controller = KLController(config.init_kl_coef, config.target, config.horizon, config.adap_kl_ctrl)
         self.moments = RunningMoments()
@@ -109,6 +113,27 @@ class PPOTrainer:
         self.steps_done = 0
         self.current: Update | None = None
         self.last_update: Update | None = None
+
+    def _place(self, sharded: bool, has_optimizer: bool) -> nn.Module | None:
+        """Put the models on the device, or spread them; returns the policy without weights where it is spread."""
+        models = [self.policy] if self.reference is None else [self.policy, self.reference]
+        if not sharded:
+            for model in models:
+                model.to(self.device)
+            return None
+        if not self.config.pad_for_acceleration or has_optimizer:
+            raise InputError("sharded=True needs pad_for_acceleration=True, and makes the optimizer by itself")
+        sharding = Sharding(self.accelerator)
+        empty = sharding.policy(self.policy)
+        if self.reference is not None:
+            sharding.model(self.reference)
+        return empty
+
+    def _agreed(self, ended: Tensor) -> bool:
+        """Whether ``ended``, 0-d, is true on all processes that share their passes."""
+        if self.empty is not None:
+            ended = self.accelerator.reduce(ended.float(), reduction="sum") == self.accelerator.num_processes
+        return bool(ended)
 
     # 1. Rollout
 
@@ -140,6 +165,7 @@ class PPOTrainer:
                 value_head=None if critic else self.policy.v_head,
                 padding=self.padding,
                 mark_step=self.on.mark_step,
+                agreed=self._agreed,
             )
             values = generated.values
             if critic:
@@ -350,8 +376,8 @@ class PPOTrainer:
             raise InputError(f"the state is of another policy: {', '.join(other[:3])} in only one of the two")
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(state["policy"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+                local(parameter).copy_(state["policy"][name])
+        self._load_optimizer(state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.kl_controller.value = state["kl_coef"]
@@ -361,6 +387,32 @@ class PPOTrainer:
         self.steps_done = state["steps_done"]
         current = state["current"]
         self.current = None if current is None else Update.from_state(current, self.device)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        of_parameters = {
+            index: {
+                name: spread_like(value, parameters[index]) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+            for index, values in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": of_parameters})
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the models are spread over the processes."""
+        return self.empty is not None
+
+    def whole_policy(self) -> PolicyWithValueHead | None:
+        """The policy with all of its weights, to be saved; on the main process only where it is spread.
+
+        All processes must call it.
+        """
+        if self.empty is None:
+            return self.policy
+        found: PolicyWithValueHead | None = whole(self.policy, self.empty, self.accelerator.is_main_process)
+        return found
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, value) for name, value in self.policy.named_parameters() if value.requires_grad]

@@ -14,7 +14,7 @@ from rlhf_ppo.checkpoint import MANIFEST, CheckpointStore, DamagedCheckpoint
 from rlhf_ppo.events import emit
 from rlhf_ppo.fields import parameters_of
 from rlhf_ppo.parameters import GROUPS, RunSettings, encode
-from rlhf_ppo.ppo import PPOTrainer
+from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer
 from rlhf_ppo.ppo.randomness import random_state, set_random_state
 from rlhf_ppo.ppo_training.policy_files import save_policy
 from rlhf_ppo.ppo_training.record import Recorder
@@ -47,10 +47,14 @@ class Keeper:
     ) -> None:
         self.trainer, self.recorder, self.preemption = trainer, recorder, preemption
         self.every = settings.checkpoint.checkpoint_every
-        identity = identity_of(settings, digests, trainer.accelerator.num_processes)
+        identity = identity_of(settings, digests, trainer.accelerator.num_processes, trainer.sharded)
         place = settings.checkpoint.checkpoint_dir or os.environ.get(CHECKPOINTS_VARIABLE) or str(beside)
         name = settings.checkpoint.checkpoint_name or f"{digest_of(identity)[:16]}"
-        self.store = CheckpointStore(Path(place) / name, identity, settings.checkpoint.checkpoint_keep)
+        accelerator = trainer.accelerator
+        parts = accelerator.num_processes if trainer.sharded else 0
+        self.store = CheckpointStore(
+            Path(place) / name, identity, settings.checkpoint.checkpoint_keep, accelerator.process_index, parts
+        )
         self.resumed_at: int | None = None
 
     def resume(self) -> None:
@@ -78,18 +82,30 @@ class Keeper:
 
     def save(self, *, wait: bool = False) -> bool:
         """Write a checkpoint of this moment. All processes must call it together."""
-        random = gather_object([random_state(self.trainer.on)])
-        if not self.trainer.accelerator.is_main_process:
-            return True
         current = self.trainer.current
         name = f"step-{self.trainer.steps_done:08d}-{0 if current is None else current.optimizer_steps:06d}"
-        state = {"trainer": self.trainer.state_dict(), "recorder": self.recorder.state(), "random": random}
+        found = gather_object([{"random": random_state(self.trainer.on), "busy": self.store.busy}])
+        main = self.trainer.accelerator.is_main_process
+        if not wait and any(process["busy"] for process in found):
+            if main:
+                emit("checkpoint_left_out", name=name, reason="the one before is still being written")
+            return False
+        if not main and not self.store.parts:
+            return True
+        state = {
+            "trainer": self.trainer.state_dict(),
+            "recorder": self.recorder.state(),
+            "random": [process["random"] for process in found],
+        }
         return self.store.save(name, state, wait=wait)
 
     def keep_if_best(self, step: int, mean_score: float) -> None:
         """Keep the policy where its samples scored best so far and that is asked for."""
-        if self.recorder.is_best(step, mean_score) and self.trainer.accelerator.is_main_process:
-            self.store.keep_best(step, lambda directory: save_policy(self.trainer, directory))
+        if not self.recorder.is_best(step, mean_score):
+            return
+        policy = self.trainer.whole_policy()
+        if policy is not None and self.trainer.accelerator.is_main_process:
+            self.store.keep_best(step, lambda directory: save_policy(policy, self.trainer.tokenizer, directory))
 
     def stopped(self) -> Stopped:
         """Write a checkpoint at once; returns what to raise."""
@@ -103,8 +119,8 @@ class Keeper:
             f"{self.store.directory}"
         )
 
-    def save_result(self, directory: Path) -> None:
-        """Write the best policy, where one was asked for, or else the last one, into ``directory``."""
+    def save_result(self, policy: PolicyWithValueHead, directory: Path) -> None:
+        """Write the best policy, where one was asked for, or else ``policy``, into ``directory``."""
         self.store.finish_writing()
         if self.recorder.best_step >= 0:
             try:
@@ -119,7 +135,7 @@ class Keeper:
                     "one is saved in its place",
                 )
                 self.recorder.best_step = -1
-        save_policy(self.trainer, directory)
+        save_policy(policy, self.trainer.tokenizer, directory)
 
     def remove(self) -> None:
         """Delete the checkpoints: the outputs are complete."""
@@ -127,9 +143,12 @@ class Keeper:
             self.store.remove()
 
 
-def identity_of(settings: RunSettings, digests: dict[str, Any], processes: int) -> dict[str, Any]:
+def identity_of(
+    settings: RunSettings, digests: dict[str, Any], processes: int, sharded: bool = False
+) -> dict[str, Any]:
     """Everything that decides the trained weights."""
     values = encode(settings)
     names = [parameter.name for group in DECIDING_GROUPS for parameter in parameters_of(GROUPS[group])]
     deciding = {name: values[name] for name in names if name not in NOT_DECIDING}
-    return {**deciding, **digests, "processes": processes}
+    # How the weights are spread decides how they are kept.
+    return {**deciding, **digests, "processes": processes, **({"sharded": True} if sharded else {})}

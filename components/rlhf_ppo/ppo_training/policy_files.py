@@ -9,26 +9,26 @@ from torch import Tensor
 
 from rlhf_ppo.artifacts import loadable_by_transformers_4
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.ppo import PPOTrainer
+from rlhf_ppo.ppo import PolicyWithValueHead
 
 VALUE_HEAD = "value_head.safetensors"
 HEAD_WEIGHT = "v_head.summary.weight"
 
 
-def save_policy(trainer: PPOTrainer, directory: Path) -> None:
+def save_policy(policy: PolicyWithValueHead, tokenizer: Any, directory: Path) -> None:
     """Write the model, with adapters merged in and also beside, its tokenizer and the value head that reads it."""
     from safetensors.torch import save_file
 
-    model: Any = trainer.policy.pretrained_model
-    if trainer.policy.is_peft_model:
+    model: Any = policy.pretrained_model
+    if policy.is_peft_model:
         model.save_pretrained(directory / "adapter", safe_serialization=True)
         save_merged(model, directory)
     else:
         model.save_pretrained(directory, safe_serialization=True)
-    if trainer.policy.critic is None:
-        head = {f"v_head.{name}": value.cpu() for name, value in trainer.policy.v_head.state_dict().items()}
+    if policy.critic is None:
+        head = {f"v_head.{name}": value.cpu() for name, value in policy.v_head.state_dict().items()}
         save_file(head, str(directory / VALUE_HEAD))
-    trainer.tokenizer.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     loadable_by_transformers_4(directory)
 
 

@@ -91,10 +91,10 @@ def train_ppo(
         if tracker is not None:
             _describe(tracker, settings, trainer, prompts, digests)
         recorder = Recorder(settings, trainer, tracker, run_id)
-        keeper = _train(settings, trainer, rows, reward, recorder, digests, policy.parent / "checkpoints")
-        if main:
+        keeper, trained = _train(settings, trainer, rows, reward, recorder, digests, policy.parent / "checkpoints")
+        if main and trained is not None:
             with complete_directory(policy) as unfinished:
-                keeper.save_result(unfinished)
+                keeper.save_result(trained, unfinished)
                 recorder.conclude(unfinished, digests)
             write_whole(history, "".join(json.dumps(line) + "\n" for line in recorder.lines))
             keeper.remove()
@@ -109,8 +109,8 @@ def _train(
     recorder: Recorder,
     digests: dict[str, Any],
     beside: Path,
-) -> Keeper:
-    """Train to the end; SIGTERM ends it earlier, with a checkpoint and Stopped."""
+) -> tuple[Keeper, PolicyWithValueHead | None]:
+    """Train to the end; SIGTERM ends it earlier, with a checkpoint and Stopped. Returns what has to be saved."""
     try:
         with Preemption(trainer.accelerator) as preemption:
             keeper = Keeper(settings, trainer, recorder, preemption, digests, beside)
@@ -129,7 +129,7 @@ def _train(
                 )
             except Interrupted:
                 raise keeper.stopped() from None
-            return keeper
+            return keeper, trainer.whole_policy()
     finally:
         trainer.close()
 
@@ -188,6 +188,7 @@ def build_trainer(settings: RunSettings, reference: Path, tokenizer: Any) -> PPO
         controller_kl=algorithm.ppo_controller_kl,
         missing_eos_penalty=algorithm.ppo_missing_eos_penalty,
         critic_learning_rate=algorithm.ppo_critic_learning_rate,
+        sharded=settings.node.node_sharding,
     )
 
 
