@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
+from rlhf_ppo.ppo import trainer as trainers
 from rlhf_ppo.ppo.loop import StepReport
+from rlhf_ppo.ppo.models import layers_of
+from rlhf_ppo.ppo.setup import Adam, adam
 from rlhf_ppo.ppo.sharding import everywhere, local
 from tiny_models import llama, queries, word_tokenizer
 
@@ -41,6 +45,8 @@ def run(case: dict[str, Any], out: Path) -> None:
     values: dict[str, Any] = {"accelerator_kwargs": {"cpu": True}, "learning_rate": 1e-3, "ppo_epochs": 2}
     config = PPOConfig(**{**values, **sizes, **case.get("config", {})})
     made, reference = policy(case)
+    if case.get("own_adam"):
+        trainers.adam = lambda made, rate, _: Adam(made.parameters(), lr=rate)  # type: ignore[assignment]
     sharded = bool(case.get("sharded"))
     sampling = Sampling(case.get("tokens", 8), eos_token_ids=tuple(range(2, 3 + case.get("more_ends", 0))))
     trainer = PPOTrainer(config, made, reference, word_tokenizer(), sampling=sampling, sharded=sharded)
@@ -72,6 +78,7 @@ def run(case: dict[str, Any], out: Path) -> None:
     ]
     (out / f"reports-{world}-{rank}.json").write_text(json.dumps({"lines": lines, "kl": trainer.kl_controller.value}))
     trainer.accelerator.free_memory()
+    trainers.adam = adam
 
 
 def _check_spread(trainer: PPOTrainer, world: int) -> None:
@@ -79,6 +86,8 @@ def _check_spread(trainer: PPOTrainer, world: int) -> None:
     models = [trainer.policy] if trainer.reference is None else [trainer.policy, trainer.reference]
     for name, value in [pair for model in models for pair in model.named_parameters()]:
         assert local(value).numel() <= value.numel() // world + value[0].numel(), name
+    layers = [layer for model in models for layer in layers_of(model)]
+    assert all(isinstance(layer, FSDPModule) for layer in layers), "a pass would collect all layers at once"
     for values in trainer.optimizer.state.values():
         for name in ("exp_avg", "exp_avg_sq"):
             assert local(values[name]).numel() <= values[name].numel() // world + values[name][0].numel()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +38,22 @@ def test_an_nvidia_gpu_is_taken_without_being_asked_for(monkeypatch: pytest.Monk
     assert (found.device.type, found.backend, found.precision) == ("cuda", "nccl", "bf16")
 
 
+@pytest.mark.parametrize(
+    ("cuda", "said"), [("13.0", "torch is built for CUDA 13.0"), (None, "torch is built without CUDA")]
+)
+def test_a_gpu_that_torch_can_not_use_is_no_reason_to_train_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr("rlhf_ppo.devices._cards_of_nvidia", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(InputError, match=f"torch can't use it .*{said}.*GPU image"):
+        find_device(use_habana=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert type(find_device(use_habana=False)) is Device
+
+
 def test_use_habana_where_nothing_of_gaudi_is_installed_says_what_to_do() -> None:
     with pytest.raises(
         InputError, match="use_habana=True, but habana_frameworks.torch is not installed .* Gaudi image"
@@ -67,8 +85,6 @@ def test_gaudi_cards_that_nobody_asked_for_are_no_reason_to_train_on_a_cpu(monke
 def test_the_mode_is_always_chosen_before_the_bridge_is_imported(
     monkeypatch: pytest.MonkeyPatch, chosen: str | None, lazy: bool
 ) -> None:
-    import os
-
     gaudi.install(monkeypatch, lazy=chosen)
     found = find_device(use_habana=True)
     assert isinstance(found, Hpu) and found.lazy is lazy
@@ -96,6 +112,28 @@ def test_memory_and_random_states_of_a_card(monkeypatch: pytest.MonkeyPatch) -> 
     state = random_state(found)
     set_random_state(state, found)
     assert calls == ["get_rng_state_all", "set_rng_state_all [[0], [1]]"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "plugin", "problem"),
+    [
+        ("1.23.0-fbc5e9b", "1.23.0.45", ""),
+        ("1.23.0-fbc5e9b", "1.24.1.12", "driver is 1.23.0 and the image's software 1.24.1.12"),
+        ("", "1.24.1.12", ""),
+    ],
+)
+def test_a_driver_of_another_version_than_the_image_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: str, plugin: str, problem: str
+) -> None:
+    gaudi.install(monkeypatch)
+    program = tmp_path / "hl-smi"
+    program.write_text(f'#!/bin/sh\ntest "$*" = "-Q driver_version -f csv,noheader" && echo "{driver}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {"habana-torch-plugin": plugin}[name])
+    found = find_device(use_habana=True)
+    assert found.driver() == f"driver {driver.partition('-')[0] or 'unknown'}, habana-torch-plugin {plugin}"
+    assert problem in found.driver_problem() and bool(found.driver_problem()) == bool(problem)
 
 
 def test_random_states_of_the_cpu_come_back() -> None:

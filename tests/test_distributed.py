@@ -50,24 +50,16 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded, ending early on one": {
         "sharded": True, "tokens": 20, "more_ends": 12, "config": {**STATIC, "pad_max_len": 26},
     },
+    "sharded, Adam for Gaudi": {"sharded": True, "own_adam": True, "config": STATIC},
     "sharded critic": {"critic": True, "sharded": True, "config": STATIC},
 }  # fmt: skip
+IN_BF16 = {"sharded": True, "config": {**STATIC, "accelerator_kwargs": {"cpu": True, "mixed_precision": "bf16"}}}
 
 
-def launch(out: Path, processes: int) -> None:
-    command = [sys.executable, WORKER]
-    if processes > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-            WORKER,
-        ]
-    done = subprocess.run(
-        [*command, json.dumps(CASES), str(out)], env=ENVIRONMENT, capture_output=True, text=True, timeout=400
-    )
+def launch(out: Path, processes: int, cases: dict[str, dict[str, Any]]) -> None:
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *several, WORKER, json.dumps(cases), str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -76,7 +68,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, trained by one process and by two."""
     out = tmp_path_factory.mktemp("found")
     for processes in (1, 2):
-        launch(out, processes)
+        launch(out, processes, CASES)
     return out
 
 
@@ -108,3 +100,14 @@ def test_one_process_and_two_give_the_same_weights_and_every_rank_the_same_figur
     if "early_stopping" in CASES[name].get("config", {}):
         passes = CASES[name]["config"]["ppo_epochs"]
         assert whole["lines"][0]["stats"]["ppo/policy/minibatches"] < passes * 8 / CASES[name].get("minibatch", 4)
+
+
+def test_sharded_training_in_bf16_goes_where_that_in_fp32_goes_and_keeps_fp32_weights(found: Path) -> None:
+    # accelerate has one precision for each process.
+    launch(found, 2, {"bf16": IN_BF16})
+    weights = [torch.load(found / name / "weights-2-0.pt") for name in ("sharded", "bf16")]
+    initial = policy(IN_BF16)[0].state_dict()
+    assert all(value.dtype == torch.float32 for value in weights[1].values())
+    moved = [torch.cat([(of[key] - initial[key]).flatten() for key in weights[0]]) for of in weights]
+    assert float(torch.cosine_similarity(moved[0], moved[1], dim=0)) > 0.9
+    assert not torch.equal(moved[0], moved[1])

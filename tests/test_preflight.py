@@ -11,6 +11,7 @@ import pytest
 from rlhf_ppo.devices import Device, Memory
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.parameters import RunSettings, decode
+from rlhf_ppo.policy_evaluation import evaluate as evaluating
 from rlhf_ppo.ppo_training import train as training
 from rlhf_ppo.preflight import GIB, estimate, preflight, versions
 from rlhf_ppo.reference_snapshot.snapshot import snapshot_reference
@@ -108,8 +109,45 @@ def test_little_room_and_a_busy_card_are_worth_a_warning(reference: Path) -> Non
     preflight(settings(), reference, Card(Memory(0, 0, needs.state + 1)))
     preflight(settings(), reference, Card(Memory(0, 0, 80 * GIB, others=9 * GIB)))
     little, busy = (event["message"] for event in told(reference, "warning"))
+    with pytest.raises(InputError, match="another process holds 80.0: end it"):
+        preflight(settings(), reference, Card(Memory(0, 0, 80 * GIB, others=80 * GIB)))
     assert "lower mini_batch_size" in little
     assert busy.startswith("another process holds 9.0 of the card's 80.0 GiB")
+
+
+def test_what_is_spread_over_processes_counts_in_part(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    static = {"pad_for_acceleration": True, "pad_max_input_len": 16, "pad_max_len": 24}
+    whole = preflight(settings(**static), reference, Card(Memory(0, 0, 80 * GIB)))
+    spread = preflight(settings(**static, node_sharding=True), reference, Card(Memory(0, 0, 80 * GIB)))
+    assert spread.state == pytest.approx(whole.state / 4, abs=3) and spread.update == whole.update
+    with pytest.raises(InputError, match=r"model_lora_r=16\), spread it over several cards \(node_sharding=True\)"):
+        preflight(settings(**static), reference, Card(Memory(0, 0, 1000)))
+
+
+def test_a_pod_that_asked_for_a_card_does_not_train_on_its_cpu(
+    reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(node_accelerator="nvidia.com/gpu", node_accelerator_count=1)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    preflight(asked, reference, Device())  # Without a cluster nobody was asked.
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(InputError, match="node_accelerator='nvidia.com/gpu', but this container sees no card"):
+        preflight(asked, reference, Device())
+    with pytest.raises(InputError, match="sees no card"):
+        evaluating._device(asked)
+    preflight(settings(), reference, Device())
+
+
+def test_a_card_that_does_not_answer_ends_the_step_with_the_remedy(
+    reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Device acquire failed.\nand a long trace")
+
+    monkeypatch.setattr("rlhf_ppo.devices.torch.zeros", busy)
+    with pytest.raises(InputError, match=r"cpu can't be used \(Device acquire failed\.\): look with ps .*driver"):
+        preflight(settings(), reference, Device())
 
 
 def test_of_several_processes_the_first_tells(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +40,8 @@ class Device:
     """What torch.distributed connects processes on such devices with."""
     cache = "a CPU has no cache of device memory: optimize_device_cache does nothing"
     """What optimize_device_cache does here."""
+    tool = "ps"
+    """What shows who uses it."""
     precision = "no"
     """What models compute in where the user does not say: accelerate's name for fp32, or bf16."""
 
@@ -45,6 +51,25 @@ class Device:
     def count(self) -> int:
         """How many of them this process sees."""
         return 1
+
+    def acquire(self) -> None:
+        """Use it once. Raises InputError, with the remedy, where it is held by another process or doesn't answer."""
+        try:
+            torch.zeros(1, device=self.device)
+            self.synchronize()
+        except RuntimeError as error:
+            raise InputError(
+                f"{self.device} can't be used ({str(error).splitlines()[0]}): look with {self.tool} whether another "
+                f"process holds it, and whether its driver fits the image ({self.driver() or 'driver unknown'})"
+            ) from error
+
+    def driver(self) -> str:
+        """The driver's version and that of the software that was made for it, in words; empty where there is none."""
+        return ""
+
+    def driver_problem(self) -> str:
+        """What is to be said where the two don't fit each other but the device answers; else empty."""
+        return ""
 
     def memory(self) -> Memory | None:
         """Its memory; None on a CPU, whose memory is the machine's."""
@@ -77,6 +102,7 @@ class Cuda(Device):
     name = "cuda"
     backend = "nccl"
     cache = "optimize_device_cache returns cached memory to the GPU after every PPO step"
+    tool = "nvidia-smi"
 
     def __init__(self) -> None:
         self.device = torch.device(self.name, int(os.environ.get("LOCAL_RANK", "0")))
@@ -89,6 +115,10 @@ class Cuda(Device):
     def count(self) -> int:
         """How many of them this process sees."""
         return torch.cuda.device_count()
+
+    def driver(self) -> str:
+        """The driver's version, and the CUDA that torch was built for."""
+        return f"{_nvidia_driver()}, torch for CUDA {torch.version.cuda}"
 
     def memory(self) -> Memory:
         """Its memory, as this process sees it."""
@@ -123,6 +153,7 @@ class Hpu(Device):
 
     name = "hpu"
     backend = "hccl"
+    tool = "hl-smi"
     cache = "a Gaudi process holds all memory of its card: optimize_device_cache does nothing"
     precision = "bf16"
 
@@ -136,6 +167,17 @@ class Hpu(Device):
         """How many of them this process sees."""
         found: int = self.hpu.device_count()
         return found
+
+    def driver(self) -> str:
+        """The driver's version, and that of Intel's software in the image; they must agree in the first two numbers."""
+        return f"driver {_gaudi_driver() or 'unknown'}, habana-torch-plugin {_plugin() or 'unknown'}"
+
+    def driver_problem(self) -> str:
+        """What is to be said where the driver and the image's software are not of one version; else empty."""
+        driver, plugin = _gaudi_driver(), _plugin()
+        if not driver or not plugin or driver.split(".")[:2] == plugin.split(".")[:2]:
+            return ""
+        return f"the node's Gaudi driver is {driver} and the image's software {plugin}: take an image of its version"
 
     def memory(self) -> Memory:
         """Its memory, as this process sees it."""
@@ -175,6 +217,39 @@ def has_habana() -> bool:
         return False
 
 
+def _cards_of_nvidia() -> bool:
+    """Whether this process was given GPUs: the driver shows in every container of a machine, their devices don't."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _nvidia_driver() -> str:
+    """Its version as the kernel tells it."""
+    try:
+        told = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return "driver unknown"
+    found = re.search(r"\d+\.\d+(\.\d+)?", told)
+    return f"driver {found[0]}" if found else "driver unknown"
+
+
+def _plugin() -> str:
+    """The version of Intel's bridge to torch; empty where it can't be told."""
+    try:
+        return importlib.metadata.version("habana-torch-plugin")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _gaudi_driver() -> str:
+    """The driver's version as hl-smi tells it, e.g. 1.23.0; empty where there is no hl-smi."""
+    command = ["hl-smi", "-Q", "driver_version", "-f", "csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return told.strip().splitlines()[0].partition("-")[0].strip() if told.strip() else ""
+
+
 def find_device(use_habana: bool) -> Device:
     """The device of this process.
 
@@ -185,6 +260,12 @@ def find_device(use_habana: bool) -> Device:
         return _find_hpu()
     if torch.cuda.is_available():
         return Cuda()
+    if _cards_of_nvidia() and os.environ.get("CUDA_VISIBLE_DEVICES") is None:
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        raise InputError(
+            f"an NVIDIA GPU is here and torch can't use it ({_nvidia_driver()}; {built}): run in the GPU image, of a "
+            "CUDA version that the driver knows, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU"
+        )
     if has_habana():
         raise InputError(
             "use_habana=False on a machine with Gaudi's software and no NVIDIA GPU: set use_habana=True to train on "

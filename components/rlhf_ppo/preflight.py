@@ -51,21 +51,40 @@ class Needs:
 def preflight(settings: RunSettings, reference: Path, device: Device) -> Needs:
     """Tell what there is and what is needed; of several processes the first does.
 
-    Raises InputError where weights, gradients and the optimizer's state alone are more than the device has.
+    Raises InputError where a card that the pod was to have is missing or can't be used, and where weights, gradients
+    and the optimizer's state alone are more than is free on it.
     """
-    needs, memory = estimate(settings, reference), device.memory()
+    check_cards(settings, device)
+    spread = int(os.environ.get("WORLD_SIZE", "1")) if settings.node.node_sharding else 1
+    needs, memory = estimate(settings, reference, spread), device.memory()
     _tell(
         "preflight",
         device=device.name,
         cards=device.count(),
         memory=None if memory is None else vars(memory),
         needs={**vars(needs), "state": needs.state, "total": needs.total},
-        versions=versions(),
+        versions={**versions(), **({"driver": device.driver()} if device.driver() else {})},
         message=_told(needs, memory, device),
     )
     if memory is not None:
-        _check(needs, memory, settings)
+        _check(needs, memory, settings, device.tool)
     return needs
+
+
+def check_cards(settings: RunSettings, device: Device, step: str = "train_ppo") -> None:
+    """Raises InputError where the pod should have cards and ``device`` is none, or where it doesn't answer.
+
+    Without a cluster nothing is asked of one.
+    """
+    wanted = settings.node.node_accelerator
+    if wanted and device.name == "cpu" and "KUBERNETES_SERVICE_HOST" in os.environ:
+        raise InputError(
+            f"node_accelerator={wanted!r}, but this container sees no card: node_image="
+            f"{settings.node.node_image!r} must be the image for such cards, built from images/gpu or images/gaudi"
+        )
+    device.acquire()
+    if device.driver_problem():
+        _tell("warning", step=step, message=device.driver_problem())
 
 
 def _told(needs: Needs, memory: Memory | None, device: Device) -> str:
@@ -77,12 +96,20 @@ def _told(needs: Needs, memory: Memory | None, device: Device) -> str:
     )
 
 
-def _check(needs: Needs, memory: Memory, settings: RunSettings) -> None:
+def _check(needs: Needs, memory: Memory, settings: RunSettings, tool: str) -> None:
     remedy = "train adapters (model_lora_r=16)" if not settings.model.model_lora_r else "take a smaller model"
+    if not settings.node.node_sharding:
+        remedy += ", spread it over several cards (node_sharding=True)"
     if needs.state > memory.total:
         raise InputError(
             f"model_name={settings.ppo.model_name}: weights, gradients and Adam's state take {needs.state / GIB:.1f} "
             f"GiB, and a card has {memory.total / GIB:.1f}: {remedy}, or store weights in less (model_dtype=bfloat16)"
+        )
+    if needs.state > memory.total - memory.others:
+        raise InputError(
+            f"weights, gradients and Adam's state take {needs.state / GIB:.1f} GiB, and of the card's "
+            f"{memory.total / GIB:.1f} another process holds {memory.others / GIB:.1f}: end it, or run on another "
+            f"card; {tool} shows who it is"
         )
     if needs.total > memory.total:
         _tell(
@@ -95,13 +122,13 @@ def _check(needs: Needs, memory: Memory, settings: RunSettings) -> None:
         _tell(
             "warning",
             message=f"another process holds {memory.others / GIB:.1f} of the card's {memory.total / GIB:.1f} GiB: look "
-            "for it with nvidia-smi or hl-smi",
+            f"for it with {tool}",
         )
 
 
-def _tell(kind: str, **what: Any) -> None:
+def _tell(kind: str, step: str = "train_ppo", **what: Any) -> None:
     if os.environ.get("RANK", "0") == "0":
-        emit(kind, step="train_ppo", **what)
+        emit(kind, step=step, **what)
 
 
 def versions() -> dict[str, str]:
@@ -115,8 +142,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def estimate(settings: RunSettings, reference: Path) -> Needs:
-    """What one process needs to train the model in the directory ``reference``, from its files' headers alone."""
+def estimate(settings: RunSettings, reference: Path, spread: int = 1) -> Needs:
+    """What one process needs to train the model in the directory ``reference``, from its files' headers alone.
+
+    ``spread`` is the number of processes that weights, gradients and the optimizer's state are spread over.
+    """
     shapes = _shapes(reference)
     config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
     size = BYTES[settings.model.model_dtype]
@@ -136,9 +166,9 @@ def estimate(settings: RunSettings, reference: Path) -> Needs:
     tokens = settings.rollout.rollout_max_new_tokens
     length = settings.ppo.pad_max_len or settings.data.data_max_prompt_tokens + tokens
     return Needs(
-        weights=weights,
-        gradients=trained,
-        optimizer=2 * trained,
+        weights=weights // spread,
+        gradients=trained // spread,
+        optimizer=2 * trained // spread,
         rollout=_rollout(config, settings.rollout.rollout_batch_size, length, size),
         update=_update(config, settings.ppo.mini_batch_size * trunks, length, tokens, size),
     )

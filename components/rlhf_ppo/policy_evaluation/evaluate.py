@@ -25,6 +25,7 @@ from rlhf_ppo.ppo.models import load_model
 from rlhf_ppo.ppo.rewards import Reward, load_reward, score, totals
 from rlhf_ppo.ppo.rollout import response_logprobs
 from rlhf_ppo.ppo_training.train import read_prompts
+from rlhf_ppo.preflight import check_cards
 from rlhf_ppo.tracking import Tracker
 
 TRACKED_SAMPLES = 50
@@ -62,7 +63,9 @@ def evaluate_policy(
 
 def _device(settings: RunSettings) -> Device:
     """Of this step's pod, which need not be that of the training."""
-    return find_device(settings.ppo.use_habana and has_habana())
+    device = find_device(settings.ppo.use_habana and has_habana())
+    check_cards(settings, device, "evaluate_policy")
+    return device
 
 
 def _held_out(prompts: Path, settings: RunSettings) -> list[Prompt]:
