@@ -169,7 +169,24 @@ def test_a_lazy_card_is_told_to_run_after_tokens_gradients_and_optimizer_steps(m
     assert calls == ["mark_step"] * 4
     calls.clear()
     trained.update(rollout, [1.0, 0.0, 2.0, 3.0])
-    assert calls == ["mark_step", "step", "mark_step"] * 2
+    assert calls == ["capture", *["mark_step", "step", "mark_step"] * 2]
+
+
+def test_a_lazy_card_captures_scoring_once_and_replays_it_with_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rlhf_ppo.ppo.rollout.SCORING_TOKENS", 20)
+    calls = gaudi.install(monkeypatch, lazy="1")
+    captured = training(monkeypatch, calls)
+    rollouts = [captured.rollout(queries(3, 6, 2, 4, seed=seed)) for seed in (1, 2)]
+    calls.clear()
+    found = [captured._reference_rows(rollout, full=False)["ref"] for rollout in rollouts]
+    # Two batches of two rows for each of the two rollouts.
+    assert calls == ["capture", "replay", "replay", "replay"]
+    captured.scorer = None
+    for rows, rollout in zip(found, rollouts, strict=True):
+        expected = captured._reference_rows(rollout, full=False)["ref"]
+        torch.testing.assert_close(rows, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_a_compiling_card_compiles_once_for_its_shapes_and_marks_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +200,7 @@ def test_a_compiling_card_compiles_once_for_its_shapes_and_marks_no_step(monkeyp
     monkeypatch.setattr(torch, "compile", compiled)
     trained = training(monkeypatch, calls)
     trained.update(trained.rollout(queries(3, 6, 2, 4)), [1.0, 0.0, 2.0, 3.0])
-    assert asked == [{"backend": "hpu_backend", "dynamic": False}]
+    assert asked == [{"backend": "hpu_backend", "dynamic": False}] * 2  # The update's pass, and scoring.
     assert calls == ["step", "step"]
 
 

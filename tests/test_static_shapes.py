@@ -146,6 +146,20 @@ def test_a_compiled_update_is_never_compiled_again(architecture: Callable[[int],
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", [llama, gpt2, gemma2, t5])
+def test_compiled_scoring_is_never_compiled_again(architecture: Callable[[int], nn.Module]) -> None:
+    torch._dynamo.reset()
+    plain, compiled = trainer(architecture), trainer(architecture)
+    compiled.scorer = torch.compile(compiled.scorer, backend="eager", dynamic=False)
+    rollouts = [ragged(plain, number)[0] for number in range(3)]
+    found = [compiled._reference_rows(rollouts[0], full=False)["ref"]]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found += [compiled._reference_rows(sampled, full=False)["ref"] for sampled in rollouts[1:]]
+    plain.scorer = None
+    for rows, sampled in zip(found, rollouts, strict=True):
+        torch.testing.assert_close(rows, plain._reference_rows(sampled, full=False)["ref"], atol=1e-5, rtol=1e-5)
+
+
 def test_other_shapes_would_be_compiled_again() -> None:
     torch._dynamo.reset()
     trained = trainer(llama, pad_for_acceleration=False, pad_max_input_len=0, pad_max_len=0)

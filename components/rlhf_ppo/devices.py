@@ -95,6 +95,10 @@ class Device:
         """``model`` as it is called in updates with static shapes."""
         return model
 
+    def inference(self, model: nn.Module) -> nn.Module:
+        """``model``, tensors in and tensors out, as it is called without gradients with static shapes."""
+        return model
+
 
 class Cuda(Device):
     """An NVIDIA GPU."""
@@ -203,8 +207,16 @@ class Hpu(Device):
 
     def training(self, model: nn.Module) -> nn.Module:
         """In compile mode: ``model`` compiled, for these shapes alone."""
-        if self.lazy:
-            return model
+        return model if self.lazy else self._compiled(model)
+
+    def inference(self, model: nn.Module) -> nn.Module:
+        """In lazy mode: ``model`` as a graph that is captured once and replayed; else compiled."""
+        if not self.lazy:
+            return self._compiled(model)
+        wrapped: nn.Module = importlib.import_module("habana_frameworks.torch.hpu").wrap_in_hpu_graph(model)
+        return wrapped
+
+    def _compiled(self, model: nn.Module) -> nn.Module:
         compiled: Any = torch.compile(model, backend="hpu_backend", dynamic=False)
         return compiled  # type: ignore[no-any-return]
 

@@ -93,6 +93,27 @@ class _Rows:
             self.found[row] = part[:size]
 
 
+class Scorer(nn.Module):
+    """The log-probabilities of response tokens: tensors in, a tensor out, so that a device may keep its graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        index: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        encoder_mask: Tensor | None = None,
+        decoder_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Log-probabilities (n,) of ``tokens``; the tensors are those of ``Sequences``, of fixed shapes."""
+        sequences = Sequences(input_ids, index, tokens, encoder_mask, decoder_ids, static=True)
+        return token_logprobs(response_logits(self.model, sequences)[0] / temperature, tokens)
+
+
 @torch.no_grad()
 def response_logprobs(
     model: nn.Module,
@@ -101,13 +122,29 @@ def response_logprobs(
     *,
     temperature: float = 1.0,
     padding: Padding | None = None,
+    scorer: nn.Module | None = None,
 ) -> list[Tensor]:
-    """Log-probability of every response token under ``model``, one 1-D row per response; dropout is off."""
+    """Log-probability of every response token under ``model``, one 1-D row per response; dropout is off.
+
+    With ``padding``, ``scorer`` is the model's ``Scorer`` as a device wants it called.
+    """
     found = _Rows(responses, padding)
     with evaluating(model):
         for rows, sequences in _batches(queries, responses, padding, model):
-            logits, _ = response_logits(model, sequences)
-            found.place(rows, token_logprobs(logits / temperature, sequences.tokens))
+            if scorer is not None:
+                logprobs = scorer(
+                    sequences.input_ids,
+                    sequences.index,
+                    sequences.tokens,
+                    temperature,
+                    sequences.encoder_mask,
+                    sequences.decoder_ids,
+                )
+            else:
+                logits, _ = response_logits(model, sequences)
+                logprobs = token_logprobs(logits / temperature, sequences.tokens)
+            # A captured graph writes its next answer to the same place.
+            found.place(rows, logprobs.clone())
     return found.found
 
 

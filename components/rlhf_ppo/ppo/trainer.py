@@ -32,7 +32,14 @@ from rlhf_ppo.ppo.generation import Sampling, draw, sample
 from rlhf_ppo.ppo.kl_control import KLController, RunningMoments
 from rlhf_ppo.ppo.models import Padding, PolicyWithValueHead
 from rlhf_ppo.ppo.optimization import SKIPPED, Optimization
-from rlhf_ppo.ppo.rollout import Rollout, critic_values, response_full_kl, response_logprobs, score_with_policy
+from rlhf_ppo.ppo.rollout import (
+    Rollout,
+    Scorer,
+    critic_values,
+    response_full_kl,
+    response_logprobs,
+    score_with_policy,
+)
 from rlhf_ppo.ppo.setup import adam, make_accelerator
 from rlhf_ppo.ppo.sharding import Sharding, local, spread_like, whole
 from rlhf_ppo.ppo.statistics import Clock, batch_statistics
@@ -106,6 +113,9 @@ class PPOTrainer:
         self.optimization = Optimization(
             self.config, self.accelerator, policy, self.optimizer, self.padding, self.on, self.sharded
         )
+        self.scorer: nn.Module | None = None
+        if self.padding is not None and not self.sharded:
+            self.scorer = self.on.inference(Scorer(policy.pretrained_model if reference is None else reference))
         self.kl_controller = KLController(config.init_kl_coef, config.target, config.horizon, config.adap_kl_ctrl)
         self.moments = RunningMoments()
         # In the same state on all processes; of what is drawn each takes its own rows.
@@ -272,7 +282,9 @@ class PPOTrainer:
         queries, responses = rollout.queries, rollout.responses
         with self.accelerator.autocast():
             with self._reference_model() as reference:
-                logprobs = response_logprobs(reference, queries, responses, temperature=temperature, padding=padding)
+                logprobs = response_logprobs(
+                    reference, queries, responses, temperature=temperature, padding=padding, scorer=self.scorer
+                )
             if not full:
                 return {"ref": logprobs}
             policy = self.policy.pretrained_model
