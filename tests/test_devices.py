@@ -19,7 +19,7 @@ from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling
 from rlhf_ppo.ppo.models import ValueHead
 from rlhf_ppo.ppo.randomness import random_state, set_random_state
 from rlhf_ppo.ppo.setup import make_accelerator
-from tiny_models import llama, queries, word_tokenizer
+from tiny_models import gpt2, llama, queries, qwen2, word_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -202,6 +202,29 @@ def test_a_compiling_card_compiles_once_for_its_shapes_and_marks_no_step(monkeyp
     trained.update(trained.rollout(queries(3, 6, 2, 4)), [1.0, 0.0, 2.0, 3.0])
     assert asked == [{"backend": "hpu_backend", "dynamic": False}] * 2  # The update's pass, and scoring.
     assert calls == ["step", "step"]
+
+
+def test_optimum_habanas_fused_norm_is_used_where_it_is_installed_and_changes_no_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = gaudi.install(monkeypatch, lazy="1")
+    plain = training(monkeypatch, calls).rollout(queries(3, 6, 2, 4))
+    gaudi.install_optimum(monkeypatch, calls)
+    calls.clear()
+    fused = training(monkeypatch, calls).rollout(queries(3, 6, 2, 4))
+    # Two layers with two norms each, and the last; four tokens.
+    assert calls.count("rmsnorm") == 5 * 4
+    torch.testing.assert_close(fused.logprobs, plain.logprobs)
+    other = gpt2(0)
+    Hpu(CPU).fuse(other)  # An architecture that it doesn't have, or without such a norm, stays as it is.
+    Hpu(CPU).fuse(qwen2(0))
+
+
+def test_an_optimum_habana_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = gaudi.install(monkeypatch)
+    gaudi.install_optimum(monkeypatch, calls, pinned=False)
+    with pytest.raises(InputError, match=r"can't be imported \(cannot import name.*rlhf-ppo\[gaudi\]"):
+        Hpu(CPU).fuse(llama(0))
 
 
 @pytest.mark.parametrize(

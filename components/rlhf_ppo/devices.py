@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -90,6 +91,9 @@ class Device:
 
     def set_random_states(self, states: list[torch.Tensor]) -> None:
         """The inverse of ``random_states``."""
+
+    def fuse(self, model: nn.Module) -> None:
+        """Give layers of ``model`` the device's own fused code, where its vendor has some that is a drop-in."""
 
     def training(self, model: nn.Module) -> nn.Module:
         """``model`` as it is called in updates with static shapes."""
@@ -205,6 +209,20 @@ class Hpu(Device):
         """The inverse of ``random_states``."""
         self.hpu.set_rng_state_all([state.cpu() for state in states])
 
+    def fuse(self, model: nn.Module) -> None:
+        """RMSNorm from optimum-habana, where that is installed; its other fused code changes what a forward pass takes.
+
+        Raises InputError where it is installed but can't be imported.
+        """
+        if not _has("optimum.habana"):
+            return
+        for module in model.modules():
+            kind = type(module)
+            if kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.models."):
+                forward = _fused_norm(kind.__module__.split(".")[2])
+                if forward is not None:
+                    module.forward = MethodType(forward, module)
+
     def training(self, model: nn.Module) -> nn.Module:
         """In compile mode: ``model`` compiled, for these shapes alone."""
         return model if self.lazy else self._compiled(model)
@@ -223,10 +241,31 @@ class Hpu(Device):
 
 def has_habana() -> bool:
     """Whether Intel's PyTorch bridge is installed; the namespace alone may be that of a media package."""
+    return _has("habana_frameworks.torch")
+
+
+def _has(module: str) -> bool:
     try:
-        return importlib.util.find_spec("habana_frameworks.torch") is not None
+        return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+
+
+def _fused_norm(architecture: str) -> Any:
+    """optimum-habana's forward of an architecture's RMSNorm, or None where it has none."""
+    name = f"optimum.habana.transformers.models.{architecture}.modeling_{architecture}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and name.startswith(error.name):
+            return None  # It doesn't know the architecture.
+        raise InputError(f"optimum-habana is installed and lacks {error.name}: install that, or remove it") from error
+    except ImportError as error:
+        raise InputError(
+            f"optimum-habana is installed and can't be imported ({error}): install the transformers that it pins "
+            "(rlhf-ppo[gaudi]), or remove it"
+        ) from error
+    return getattr(module, f"gaudi_{architecture}_rmsnorm_forward", None)
 
 
 def _cards_of_nvidia() -> bool:

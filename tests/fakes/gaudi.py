@@ -89,6 +89,27 @@ def install(monkeypatch: pytest.MonkeyPatch, *, cards: int = 1, lazy: str | None
     return calls
 
 
+def install_optimum(monkeypatch: pytest.MonkeyPatch, calls: list[str], *, pinned: bool = True) -> None:
+    """Stand in for optimum-habana 1.21.2, as far as Llama's RMSNorm; ``pinned`` is whether transformers fits it."""
+
+    def gaudi_llama_rmsnorm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        calls.append("rmsnorm")
+        kept = hidden_states.float()
+        scaled = kept * torch.rsqrt(kept.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * scaled.to(hidden_states.dtype)
+
+    name = "optimum.habana.transformers.models.llama.modeling_llama"
+    known = {name: Strict(name, gaudi_llama_rmsnorm_forward=gaudi_llama_rmsnorm_forward)}
+    for _ in range(5):
+        name = name.rpartition(".")[0]
+        known[name] = Strict(name)
+    monkeypatch.setattr(sys, "meta_path", [_Finder(known, fails=not pinned), *sys.meta_path])
+    for name in known:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, name, known[name])
+        del sys.modules[name]
+
+
 class _Replayed:
     """A captured graph: for the same shapes it runs again on the first call's tensors, and answers in the same place."""
 
@@ -111,8 +132,8 @@ class _Replayed:
 
 
 class _Finder:
-    def __init__(self, modules: dict[str, ModuleType]) -> None:
-        self.modules = modules
+    def __init__(self, modules: dict[str, ModuleType], *, fails: bool = False) -> None:
+        self.modules, self.fails = modules, fails
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in self.modules:
@@ -123,4 +144,5 @@ class _Finder:
         return self.modules[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
-        pass
+        if self.fails and module.__name__.endswith("modeling_llama"):
+            raise ImportError("cannot import name 'Unpack' from 'transformers.processing_utils'")

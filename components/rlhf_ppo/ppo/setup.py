@@ -1,4 +1,4 @@
-"""What a trainer runs on: processes, devices and trackers through accelerate, and its optimizer."""
+"""What a trainer runs on: processes, devices and trackers through accelerate; its optimizer, and what is trained."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.devices import Device
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.models import PolicyWithValueHead
-from rlhf_ppo.ppo.sharding import local
+from rlhf_ppo.ppo.sharding import local, spread_like
 
 
 def make_accelerator(config: PPOConfig, device: Device) -> Accelerator:
@@ -128,3 +128,41 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
             del fused.grad_scale, fused.found_inf
     elif not bool(skip):
         optimizer.step()
+
+
+def state_of(policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
+    """What is trained, and the state of what trains it."""
+    return {
+        "policy": {name: value.detach() for name, value in _trained(policy).items()},
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
+    }
+
+
+def restore(state: dict[str, Any], policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """The inverse of ``state_of``; of what is spread, ``state`` has this process' part.
+
+    Raises InputError where it is of another policy.
+    """
+    trained = _trained(policy)
+    other = sorted(set(trained) ^ set(state["policy"]))
+    if other:
+        raise InputError(f"the state is of another policy: {', '.join(other[:3])} in only one of the two")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            local(parameter).copy_(state["policy"][name])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    of_parameters = {
+        index: {
+            name: spread_like(value, parameters[index]) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        for index, values in state["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({**state["optimizer"], "state": of_parameters})
+    if scheduler is not None:
+        scheduler.load_state_dict(state["lr_scheduler"])
+
+
+def _trained(policy: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in policy.named_parameters() if value.requires_grad}

@@ -40,8 +40,8 @@ from rlhf_ppo.ppo.rollout import (
     response_logprobs,
     score_with_policy,
 )
-from rlhf_ppo.ppo.setup import adam, make_accelerator
-from rlhf_ppo.ppo.sharding import Sharding, local, spread_like, whole
+from rlhf_ppo.ppo.setup import adam, make_accelerator, restore, state_of
+from rlhf_ppo.ppo.sharding import Sharding, whole
 from rlhf_ppo.ppo.statistics import Clock, batch_statistics
 from rlhf_ppo.ppo.tensors import masked_sum, pad_rows
 
@@ -104,6 +104,8 @@ class PPOTrainer:
             )
         self.policy = policy
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
+        for model in [policy] if reference is None else [policy, reference]:
+            self.on.fuse(model)
         self.empty = self._place(sharded and self.accelerator.num_processes > 1, optimizer is not None)
         self.optimizer = optimizer or adam(policy, config.learning_rate, critic_learning_rate)
         self.lr_scheduler = lr_scheduler
@@ -369,9 +371,7 @@ class PPOTrainer:
         and torch, which differ by process, are not in it: see ``rlhf_ppo.ppo.randomness``.
         """
         return {
-            "policy": {name: value.detach() for name, value in self._trained()},
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            **state_of(self.policy, self.optimizer, self.lr_scheduler),
             "kl_coef": self.kl_controller.value,
             "moments": dict(vars(self.moments)),
             "sampling_generator": self.sampling_generator.get_state(),
@@ -382,16 +382,7 @@ class PPOTrainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``. Raises InputError where it is of another policy."""
-        trained = dict(self._trained())
-        other = sorted(set(trained) ^ set(state["policy"]))
-        if other:
-            raise InputError(f"the state is of another policy: {', '.join(other[:3])} in only one of the two")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                local(parameter).copy_(state["policy"][name])
-        self._load_optimizer(state["optimizer"])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        restore(state, self.policy, self.optimizer, self.lr_scheduler)
         self.kl_controller.value = state["kl_coef"]
         self.moments = RunningMoments(**state["moments"])
         self.sampling_generator.set_state(state["sampling_generator"])
@@ -399,17 +390,6 @@ class PPOTrainer:
         self.steps_done = state["steps_done"]
         current = state["current"]
         self.current = None if current is None else Update.from_state(current, self.device)
-
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        of_parameters = {
-            index: {
-                name: spread_like(value, parameters[index]) if isinstance(value, Tensor) else value
-                for name, value in values.items()
-            }
-            for index, values in state["state"].items()
-        }
-        self.optimizer.load_state_dict({**state, "state": of_parameters})
 
     @property
     def sharded(self) -> bool:
@@ -425,9 +405,6 @@ class PPOTrainer:
             return self.policy
         found: PolicyWithValueHead | None = whole(self.policy, self.empty, self.accelerator.is_main_process)
         return found
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, value) for name, value in self.policy.named_parameters() if value.requires_grad]
 
     @property
     def _width(self) -> int | None:
