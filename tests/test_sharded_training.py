@@ -21,7 +21,8 @@ import training_worker as worker
 from rlhf_ppo.checkpoint import CheckpointStore
 from rlhf_ppo.ppo import PolicyWithValueHead
 from rlhf_ppo.ppo.sharding import Sharding
-from tiny_models import t5
+from rlhf_ppo.ppo_training.policy_files import save_policy
+from tiny_models import gpt2, t5, word_tokenizer
 
 STATIC: dict[str, Any] = {
     "pad_for_acceleration": True, "pad_max_input_len": 8, "pad_max_len": 16, "data_max_prompt_tokens": 8,
@@ -187,4 +188,20 @@ def test_an_encoder_decoder_is_refused(spread: Any) -> None:
     from accelerate import Accelerator
 
     with pytest.raises(Exception, match="an encoder-decoder model can't be spread"):
-        Sharding(Accelerator(cpu=True)).policy(PolicyWithValueHead(t5(0)))
+        Sharding(Accelerator(cpu=True), PolicyWithValueHead(t5(0)), None)
+
+
+def test_weights_that_a_model_uses_twice_are_saved_once(spread: Any, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    policy = PolicyWithValueHead(gpt2(0))
+    expected = {name: value.clone() for name, value in policy.state_dict().items()}
+    sharding = Sharding(Accelerator(cpu=True), policy, None)
+    assert isinstance(policy.v_head.summary.weight, DTensor)
+    save_policy(sharding.whole(policy), word_tokenizer(), tmp_path / "policy")
+    found = load_file(tmp_path / "policy" / "model.safetensors")
+    assert "lm_head.weight" not in found and json.loads((tmp_path / "policy" / "config.json").read_text())[
+        "architectures"
+    ] == ["GPT2LMHeadModel"]
+    for name, value in found.items():
+        assert torch.equal(value, expected[f"pretrained_model.{name}"]), name

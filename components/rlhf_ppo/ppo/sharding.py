@@ -20,37 +20,56 @@ from rlhf_ppo.ppo.models import PolicyWithValueHead, decoder_start, layers_of
 
 
 class Sharding:
-    """Spreads a trainer's models over the processes of ``accelerator``.
+    """Spreads ``policy`` and ``reference`` over the processes of ``accelerator``.
 
-    Weights are collected in bf16 where ``accelerator`` computes in it, and gradients averaged in fp32.
+    Weights are collected in bf16 where ``accelerator`` computes in it, and gradients averaged in fp32. Raises
+    InputError for an encoder-decoder, whose encoder is called by itself.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.device = accelerator.device
-        self.mesh: DeviceMesh = init_device_mesh(self.device.type, (accelerator.num_processes,))
-        in_bf16 = accelerator.mixed_precision == "bf16"
-        self.precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if in_bf16 else MixedPrecisionPolicy()
-
-    def policy(self, policy: PolicyWithValueHead) -> nn.Module:
-        """Spread ``policy``; returns it without its weights, for ``whole``.
-
-        Raises InputError for an encoder-decoder, whose encoder is called by itself.
-        """
+    def __init__(self, accelerator: Accelerator, policy: PolicyWithValueHead, reference: nn.Module | None) -> None:
         if decoder_start(policy.pretrained_model) is not None:
             raise InputError("node_sharding=True: an encoder-decoder model can't be spread: set it to False")
-        empty = _without_weights(policy)
-        self.model(policy.pretrained_model)
-        if policy.critic is not None:
-            self.model(policy.critic)
+        self.accelerator = accelerator
+        self.mesh: DeviceMesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        in_bf16 = accelerator.mixed_precision == "bf16"
+        self.precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if in_bf16 else MixedPrecisionPolicy()
+        self.empty = _without_weights(policy)
+        for model in (policy.pretrained_model, policy.critic, reference):
+            if model is not None:
+                self._spread(model)
         # By itself, since sampling calls it by itself; it stays fp32.
         fully_shard(policy.v_head, mesh=self.mesh)
-        return empty
 
-    def model(self, model: nn.Module) -> None:
-        """Spread ``model``, layer by layer, so that no device ever holds all of it."""
+    def _spread(self, model: nn.Module) -> None:
+        """Layer by layer, so that no device ever holds all of ``model``."""
         for layer in layers_of(model):
             fully_shard(layer, mesh=self.mesh, mp_policy=self.precision)
         fully_shard(model, mesh=self.mesh, mp_policy=self.precision, reshard_after_forward=True)
+
+    def agreed(self, here: Tensor) -> bool:
+        """Whether ``here``, 0-d, is true on all processes, which must all call it."""
+        return bool(self.accelerator.reduce(here.float(), reduction="sum") == self.accelerator.num_processes)
+
+    def whole(self, policy: PolicyWithValueHead) -> Any:
+        """A copy of ``policy`` with all of its weights on the CPU, but for a separate critic's; all processes call it.
+
+        None on processes other than the main one.
+        """
+        own = dict(policy.named_parameters(remove_duplicate=False))
+        found: dict[int, Tensor] = {}
+        for name, parameter in policy.named_parameters():
+            if not name.startswith("critic."):
+                collected = everywhere(parameter.detach())
+                if self.accelerator.is_main_process:
+                    found[id(parameter)] = collected.cpu()
+        if not self.accelerator.is_main_process:
+            return None
+        made = copy.deepcopy(self.empty)
+        for name, _ in list(made.named_parameters(remove_duplicate=False)):
+            place, _, leaf = name.rpartition(".")
+            if id(own[name]) in found:
+                setattr(made.get_submodule(place), leaf, nn.Parameter(found[id(own[name])], own[name].requires_grad))
+        return made
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -71,30 +90,6 @@ def spread_like(part: Tensor, model: Tensor) -> Tensor:
     return DTensor.from_local(
         on, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
     )
-
-
-def whole(policy: PolicyWithValueHead, empty: nn.Module, keep: bool) -> Any:
-    """``empty`` with the weights of the spread ``policy``, on the CPU; None without ``keep``. All processes call it.
-
-    A separate critic stays without weights.
-    """
-    found: dict[int, Tensor] = {}
-    for name, parameter in policy.named_parameters():
-        if not name.startswith("critic."):
-            collected = everywhere(parameter.detach())
-            if keep:
-                found[id(parameter)] = collected.cpu()
-    if not keep:
-        return None
-    made, own = copy.deepcopy(empty), dict(policy.named_parameters(remove_duplicate=False))
-    filled: dict[int, nn.Parameter] = {}
-    for name, _ in list(made.named_parameters(remove_duplicate=False)):
-        place, _, leaf = name.rpartition(".")
-        key = id(own[name])
-        if key in found:
-            filled.setdefault(key, nn.Parameter(found[key], own[name].requires_grad))
-            setattr(made.get_submodule(place), leaf, filled[key])
-    return made
 
 
 def _without_weights(model: nn.Module) -> nn.Module:

@@ -41,7 +41,7 @@ from rlhf_ppo.ppo.rollout import (
     score_with_policy,
 )
 from rlhf_ppo.ppo.setup import adam, make_accelerator, restore, state_of
-from rlhf_ppo.ppo.sharding import Sharding, whole
+from rlhf_ppo.ppo.sharding import Sharding
 from rlhf_ppo.ppo.statistics import Clock, batch_statistics
 from rlhf_ppo.ppo.tensors import masked_sum, pad_rows
 
@@ -106,7 +106,14 @@ class PPOTrainer:
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
         for model in [policy] if reference is None else [policy, reference]:
             self.on.fuse(model)
-        self.empty = self._place(sharded and self.accelerator.num_processes > 1, optimizer is not None)
+        self.sharding: Sharding | None = None
+        if sharded and self.accelerator.num_processes > 1:
+            if not config.pad_for_acceleration or optimizer is not None:
+                raise InputError("sharded=True needs pad_for_acceleration=True, and makes the optimizer by itself")
+            self.sharding = Sharding(self.accelerator, policy, reference)
+        else:
+            for model in [policy] if reference is None else [policy, reference]:
+                model.to(self.device)
         self.optimizer = optimizer or adam(policy, config.learning_rate, critic_learning_rate)
         self.lr_scheduler = lr_scheduler
         self.controller_kl, self.missing_eos_penalty = controller_kl, missing_eos_penalty
@@ -125,27 +132,6 @@ class PPOTrainer:
         self.steps_done = 0
         self.current: Update | None = None
         self.last_update: Update | None = None
-
-    def _place(self, sharded: bool, has_optimizer: bool) -> nn.Module | None:
-        """Put the models on the device, or spread them; returns the policy without weights where it is spread."""
-        models = [self.policy] if self.reference is None else [self.policy, self.reference]
-        if not sharded:
-            for model in models:
-                model.to(self.device)
-            return None
-        if not self.config.pad_for_acceleration or has_optimizer:
-            raise InputError("sharded=True needs pad_for_acceleration=True, and makes the optimizer by itself")
-        sharding = Sharding(self.accelerator)
-        empty = sharding.policy(self.policy)
-        if self.reference is not None:
-            sharding.model(self.reference)
-        return empty
-
-    def _agreed(self, ended: Tensor) -> bool:
-        """Whether ``ended``, 0-d, is true on all processes that share their passes."""
-        if self.empty is not None:
-            ended = self.accelerator.reduce(ended.float(), reduction="sum") == self.accelerator.num_processes
-        return bool(ended)
 
     # 1. Rollout
 
@@ -177,7 +163,7 @@ class PPOTrainer:
                 value_head=None if critic else self.policy.v_head,
                 padding=self.padding,
                 mark_step=self.on.mark_step,
-                agreed=self._agreed,
+                agreed=self.sharding.agreed if self.sharding else bool,
             )
             values = generated.values
             if critic:
@@ -394,16 +380,16 @@ class PPOTrainer:
     @property
     def sharded(self) -> bool:
         """Whether the models are spread over the processes."""
-        return self.empty is not None
+        return self.sharding is not None
 
     def whole_policy(self) -> PolicyWithValueHead | None:
         """The policy with all of its weights, to be saved; on the main process only where it is spread.
 
         All processes must call it.
         """
-        if self.empty is None:
-            return self.policy
-        found: PolicyWithValueHead | None = whole(self.policy, self.empty, self.accelerator.is_main_process)
+        found: PolicyWithValueHead | None = self.policy
+        if self.sharding is not None:
+            found = self.sharding.whole(self.policy)
         return found
 
     @property
