@@ -1,6 +1,8 @@
 # make demo   the whole pipeline on one machine, on a real model (make demo SEED=1 for another seed)
 # make test   style, types, generated files and tests
 # make test-matrix   the training tests with transformers 4.55
+# make test-images   builds the CPU image with podman or docker and runs the pipeline in containers
+#                    (BASE_IMAGE=… where no registry can be reached, see images/make_base.sh; BUILD_ARGS=… for the build)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 SEED ?= 0
@@ -12,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Two installations into one environment at the same time break it.
 .NOTPARALLEL:
-.PHONY: demo test test-matrix lint generate clean
+.PHONY: demo test test-matrix test-images lint generate clean
 
 demo: $(VENV)/.demo
 	$(RUN)/python examples/movie_sentiment/make_inputs.py
@@ -34,6 +36,16 @@ generate: $(VENV)/.dev
 test-matrix: $(VENV)-4.55/.ready
 	OMP_NUM_THREADS=1 $(VENV)-4.55/bin/python -m pytest -q -n 2 --dist loadfile $(TORCH_TESTS)
 	$(VENV)-4.55/bin/python -m pytest -q -m index tests/test_packaging.py
+
+ENGINE ?= $(notdir $(shell command -v podman || command -v docker))
+BASE_IMAGE ?= python:3.11-slim-bookworm
+IMAGE ?= localhost/rlhf-ppo/cpu:test
+
+test-images: $(VENV)/.dev
+	@test -n "$(ENGINE)" || { echo "make test-images needs podman or docker on the PATH"; exit 1; }
+	$(ENGINE) build -f images/cpu/Dockerfile -t $(IMAGE) --build-arg BASE_IMAGE=$(BASE_IMAGE) \
+		--build-arg REVISION=$$(git rev-parse HEAD) $(BUILD_ARGS) .
+	ENGINE=$(ENGINE) IMAGE=$(IMAGE) $(RUN)/python -m pytest -q -s -m images tests/test_images.py
 
 TORCH_TESTS = tests/test_config.py tests/test_ppo_math.py tests/test_ppo_trainer.py tests/test_ppo_beyond.py \
 	tests/test_ppo_invariance.py tests/test_trl_parity.py tests/test_distributed.py tests/test_killed_training.py \

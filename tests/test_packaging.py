@@ -94,16 +94,24 @@ def test_images_are_pinned_run_as_nobody_and_take_their_base_as_argument(device:
     assert any(line.startswith("ARG BASE_IMAGE") for line in lines[:first_from])
     assert not any(":latest" in line for line in lines)
     # Versions stand in the constraints and nowhere else.
-    assert not any("==" in re.sub(r'"\^torch=="', "", line) for line in lines if not line.startswith("#"))
-    assert all("-c " in line for line in lines if "pip install" in line)
+    assert not any("==" in line for line in lines if not line.startswith("#"))
+    (install,) = [line for line in lines if "images/install.sh" in line]
+    assert install.split()[3] == ("constraints-4.55.txt" if device == "gaudi" else "constraints.txt")
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu", "gaudi"])
+def test_images_are_hadolint_clean(device: str) -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, ROOT / "images" / device / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_pins_fit_the_ranges_and_the_older_ones_hold_what_optimum_habana_asks_for() -> None:
     groups = PROJECT["optional-dependencies"]
     current, older = pins("constraints.txt"), pins("constraints-4.55.txt")
     for file, extras in (
-        (current, ("train", "pipeline", "wandb", "tensorboard", "dev")),
-        (older, ("train", "gaudi", "dev")),
+        (current, ("train", "cluster", "pipeline", "wandb", "tensorboard", "dev")),
+        (older, ("train", "cluster", "gaudi", "dev")),
     ):
         for requirement in map(Requirement, (text for name in extras for text in groups[name])):
             assert file[name_of(requirement.name)] in requirement.specifier, requirement
@@ -149,7 +157,8 @@ def test_the_wheel_holds_both_packages_whole_and_no_other_and_the_command_starts
         ("train", "constraints.txt", {"kfp", "kubernetes"}),
         ("pipeline", "constraints.txt", {"torch", "mlflow"}),
         ("local,wandb,tensorboard,dev", "constraints.txt", {"optimum-habana"}),
-        ("train,gaudi,dev", "constraints-4.55.txt", {"kfp", "kubernetes"}),
+        ("train,cluster", "constraints.txt", {"kfp"}),
+        ("train,cluster,gaudi,dev", "constraints-4.55.txt", {"kfp"}),
     ],
 )
 def test_pip_installs_exactly_the_pins(sources: Path, extras: str, file: str, unwanted: set[str]) -> None:
