@@ -21,8 +21,10 @@ GOOD: dict[str, Any] = {
             "policy": {"mean": 1.0, "low": 0.9, "high": 1.1},
             "reference": {"mean": 0.5, "low": 0.4, "high": 0.6},
             "gain": {"mean": 0.5, "low": 0.3, "high": 0.7},
-        }
+        },
+        "repetition": {"policy": {"mean": 0.1, "low": 0.05, "high": 0.15}},
     },
+    "win_rate": {"mean": 0.7, "low": 0.6, "high": 0.8},
     "kl": {"mean": 6.0, "low": 5.0, "high": 7.0},
     "kl3": {"mean": 6.5, "low": 5.5, "high": 7.5},
     "distinct2_ratio": 0.9,
@@ -30,7 +32,7 @@ GOOD: dict[str, Any] = {
 }
 FIGURES = [
     *(f"metrics.score.{who}.{end}" for who in ("policy", "reference", "gain") for end in ("mean", "low", "high")),
-    *(f"{name}.{end}" for name in ("kl", "kl3") for end in ("mean", "low", "high")),
+    *(f"{name}.{end}" for name in ("kl", "kl3", "win_rate") for end in ("mean", "low", "high")),
     "distinct2_ratio",
     "empty_responses",
 ]
@@ -61,7 +63,10 @@ def test_a_good_policy_passes_and_every_check_is_told_with_its_parameter() -> No
     verdict = decide(found(), GateSettings())
     assert verdict.passed
     told = " ".join(verdict.reasons)
-    for parameter in ("gate_min_prompts=50", "gate_min_score_gain=0", "gate_max_kl=25", "gate_min_distinct2=0.7"):
+    for parameter in (
+        "gate_min_prompts=50", "gate_min_score=-1e+09", "gate_min_score_gain=0", "gate_min_win_rate=0.5",
+        "gate_max_kl=25", "gate_min_distinct2=0.7", "gate_max_repetition=0.5",
+    ):  # fmt: skip
         assert told.count(parameter) == 1
 
 
@@ -75,6 +80,9 @@ def test_a_reason_says_what_was_found_and_what_it_is_not() -> None:
     [
         ("prompts", 50, 49, "gate_min_prompts"),
         ("metrics.score.gain.low", 1e-9, 0.0, "gate_min_score_gain"),
+        ("metrics.score.policy.low", -1e9, -1.1e9, "gate_min_score="),
+        ("win_rate.low", 0.501, 0.5, "gate_min_win_rate"),
+        ("metrics.repetition.policy.mean", 0.5, 0.501, "gate_max_repetition"),
         ("kl.high", 24.999, 25.0, "gate_max_kl"),
         ("distinct2_ratio", 0.7, 0.699, "gate_min_distinct2"),
         ("empty_responses", 0.5, 0.51, "at most 50%"),

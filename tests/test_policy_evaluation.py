@@ -26,6 +26,8 @@ from rlhf_ppo.policy_evaluation.statistics import (
     jackknife_interval,
     kl_estimates,
     per_prompt,
+    repetition,
+    wins,
 )
 from rlhf_ppo.ppo import Sampling
 from rlhf_ppo.ppo.generation import draw, sample
@@ -135,16 +137,42 @@ def test_kl_estimates_of_two_tokens_by_hand() -> None:
 
 def samples(scores: list[float], responses: list[str] | None = None) -> Samples:
     texts = responses or [f"a b c w{number}" for number in range(len(scores))]
-    return Samples(texts, scores, [4] * len(scores), [True] * len(scores))
+    return Samples(texts, scores, [4] * len(scores), [True] * len(scores), [2.0] * len(scores))
 
 
 def test_equal_samples_have_no_gain_and_no_width() -> None:
     scores = numpy.random.default_rng(1).normal(size=60).tolist()
     found = compare(samples(scores), samples(scores), [0.0] * 60, [0.0] * 60, 2)
     zero = {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert [of["gain"] for of in found["metrics"].values()] == [zero] * 5
+    assert [of["gain"] for of in found["metrics"].values()] == [zero] * 7
+    half = {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert found["win_rate"] == half
     assert (found["prompts"], found["distinct2_ratio"]) == (30, 1.0)
     assert not decide(found, GateSettings(gate_min_prompts=2)).passed
+
+
+def test_a_win_is_a_higher_score_and_what_only_rounding_parts_is_a_tie() -> None:
+    assert wins([1.0, 0.0, 2.0, 1e-10], [0.5, 0.5, 2.0 + 1e-7, 0.0]) == [1.0, 0.0, 0.5, 0.5]
+    assert wins([math.nan], [0.0]) == [0.0]
+    # Of each prompt's two samples one wins: the prompt is undecided.
+    found = compare(samples([1.0, 0.0] * 30), samples([0.5] * 60), [0.0] * 60, [0.0] * 60, 2)
+    assert found["win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_repetition_is_the_share_of_ngrams_that_stood_there_before() -> None:
+    assert repetition("a b c d e f g h") == 0.0
+    assert repetition("a b c d a b c d a b c d") == pytest.approx(1 - 4 / 9)
+    assert repetition("a b") == repetition("") == 0.0
+
+
+def test_a_policy_that_turns_in_circles_is_held() -> None:
+    circles = [f"a{n} b{n} c{n} d{n} " * 12 for n in range(60)]
+    varied = [f"a{n} b{n} c{n} d{n}" for n in range(60)]
+    found = compare(samples([9.0] * 60, circles), samples([0.0] * 60, varied), [1.0] * 60, [1.0] * 60, 1)
+    held = [
+        reason for reason in decide(found, GateSettings(gate_min_distinct2=0.0)).reasons if reason.startswith("held")
+    ]
+    assert len(held) == 1 and "gate_max_repetition" in held[0]
 
 
 def test_gains_are_paired_by_prompt() -> None:

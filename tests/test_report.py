@@ -63,7 +63,13 @@ def page(
     settings = decode({**NEEDED, "gate_min_prompts": 2, **parameters})
 
     def samples(scores: list[float]) -> Samples:
-        return Samples([f" {text} w{n}" for n in range(len(scores))], scores, [3] * len(scores), [True] * len(scores))
+        return Samples(
+            [f" {text} w{n}" for n in range(len(scores))],
+            scores,
+            [3] * len(scores),
+            [True] * len(scores),
+            [2.0] * len(scores),
+        )
 
     found = compare(samples(after), samples(before), [kl] * len(after), [kl] * len(after), 1)
     verdict = decide(found, settings.gate)
@@ -121,8 +127,8 @@ def test_the_largest_gains_and_losses_come_first_and_only_where_there_are_any() 
 
 def test_samples_of_a_prompt_stand_together_with_their_mean_gain() -> None:
     settings = decode(NEEDED)
-    texts = Samples([" a b", " c d"] * 2, [1.0, 2.0, 0.0, 0.0], [2] * 4, [True] * 4)
-    found = compare(texts, Samples(texts.responses, [0.0] * 4, [2] * 4, [True] * 4), [1.0] * 4, [1.0] * 4, 2)
+    texts = Samples([" a b", " c d"] * 2, [1.0, 2.0, 0.0, 0.0], [2] * 4, [True] * 4, [1.0] * 4)
+    found = compare(texts, Samples(texts.responses, [0.0] * 4, [2] * 4, [True] * 4, [1.0] * 4), [1.0] * 4, [1.0] * 4, 2)
     found |= {"verdict": {"passed": False, "reasons": []}, "lineage": {}}
     rows = [
         {"prompt": "the same", "sample": n % 2, "reference": f" r{n}", "policy": f" q{n}", "reference_score": 0.0,

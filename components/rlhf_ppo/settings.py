@@ -302,6 +302,18 @@ class GateSettings(Checked):
     gate_min_score_gain: float = declare(
         0.0, "The lower end of the 95 % interval of the score's gain must exceed this.", unit="score"
     )
+    gate_min_score: float = declare(
+        -1e9,
+        "The lower end of the 95 % interval of the policy's own score must reach this; -1e9 is no floor.",
+        unit="score",
+    )
+    gate_min_win_rate: float = declare(
+        0.5,
+        "The lower end of the 95 % interval of the share of responses that score higher than the reference's must "
+        "exceed this; a tie is one half.",
+        minimum=0,
+        maximum=1,
+    )
     gate_max_kl: float = declare(
         25.0,
         "The upper end of the 95 % interval of the KL to the reference must stay below this.",
@@ -310,6 +322,9 @@ class GateSettings(Checked):
     )
     gate_min_distinct2: float = declare(
         0.7, "Share of the reference's distinct-2 that the policy must keep.", minimum=0, maximum=1
+    )
+    gate_max_repetition: float = declare(
+        0.5, "Largest share of a response's word 4-grams that may be repetitions, on average.", minimum=0, maximum=1
     )
     gate_min_prompts: int = declare(50, "Fewest held-out prompts that a verdict may rest on.", minimum=2)
 

@@ -95,14 +95,15 @@ def _measure(
     # 2. The reference responds, and says how likely the policy's responses are
     model = load_model(reference, settings.model.model_dtype).to(device)
     of_reference = _respond(model, prompts, settings, _progress(1, len(prompts)))
-    k1, k3 = kl_estimates(of_policy.logprobs, _logprobs(model, prompts, of_policy, settings))
+    ref_logprobs = _logprobs(model, prompts, of_policy, settings)
+    k1, k3 = kl_estimates(of_policy.logprobs, ref_logprobs)
     reference_ends = _ends(model)
     del model
     gc.collect()
     # 3. The reward scores both
     samples = {
-        "policy": _samples(of_policy, prompts, tokenizer, reward, policy_ends),
-        "reference": _samples(of_reference, prompts, tokenizer, reward, reference_ends),
+        "policy": _samples(of_policy, ref_logprobs, prompts, tokenizer, reward, policy_ends),
+        "reference": _samples(of_reference, of_reference.logprobs, prompts, tokenizer, reward, reference_ends),
     }
     return samples, k1, k3
 
@@ -135,7 +136,12 @@ def _logprobs(model: Any, prompts: Sequence[Prompt], generated: Generated, setti
 
 
 def _samples(
-    generated: Generated, prompts: Sequence[Prompt], tokenizer: Any, reward: Reward, ends: set[int]
+    generated: Generated,
+    ref_logprobs: Sequence[torch.Tensor],
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    reward: Reward,
+    ends: set[int],
 ) -> Samples:
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generated.responses]
     return Samples(
@@ -145,6 +151,7 @@ def _samples(
         ),
         [len(ids) for ids in generated.responses],
         [len(ids) > 0 and int(ids[-1]) in ends for ids in generated.responses],
+        [float(-row.double().mean()) if len(row) else 0.0 for row in ref_logprobs],
     )
 
 
@@ -223,9 +230,13 @@ def _headline(found: dict[str, Any]) -> dict[str, float]:
         "score_gain": score_of["gain"]["mean"],
         "score_gain_low": score_of["gain"]["low"],
         "score_gain_high": score_of["gain"]["high"],
+        "win_rate": found["win_rate"]["mean"],
+        "win_rate_low": found["win_rate"]["low"],
         "kl": found["kl"]["mean"],
         "kl3": found["kl3"]["mean"],
         "distinct2_ratio": found["distinct2_ratio"],
+        "perplexity_under_reference": math.exp(found["metrics"]["nll"]["policy"]["mean"]),
+        "repetition": found["metrics"]["repetition"]["policy"]["mean"],
         "ended": found["metrics"]["ended"]["policy"]["mean"],
         "response_length": found["metrics"]["response_length"]["policy"]["mean"],
         "passed": float(found["verdict"]["passed"]),

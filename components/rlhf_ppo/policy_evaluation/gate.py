@@ -24,7 +24,8 @@ class Verdict:
 
 def decide(evaluation: dict[str, Any], settings: GateSettings) -> Verdict:
     """The verdict on what ``statistics.compare`` found: passed if every check is."""
-    gain, kl, prompts = evaluation["metrics"]["score"]["gain"], evaluation["kl"], evaluation["prompts"]
+    score, kl, prompts = evaluation["metrics"]["score"], evaluation["kl"], evaluation["prompts"]
+    gain, wins, repeated = score["gain"], evaluation["win_rate"], evaluation["metrics"]["repetition"]["policy"]["mean"]
     ratio, empty = evaluation["distinct2_ratio"], evaluation["empty_responses"]
     strange = ", ".join(not_finite(evaluation))
     # Each check: whether it passes (nan passes none), what was found, and what therefore is or is not so.
@@ -36,9 +37,19 @@ def decide(evaluation: dict[str, Any], settings: GateSettings) -> Verdict:
             f"at least gate_min_prompts={settings.gate_min_prompts}",
         ),
         (
+            score["policy"]["low"] >= settings.gate_min_score,
+            f"score {shown(score['policy'])}: the lower end",
+            f"at least gate_min_score={settings.gate_min_score:g}",
+        ),
+        (
             gain["low"] > settings.gate_min_score_gain,
             f"score gain {shown(gain)}: the lower end",
             f"above gate_min_score_gain={settings.gate_min_score_gain:g}",
+        ),
+        (
+            wins["low"] > settings.gate_min_win_rate,
+            f"win rate {shown(wins)}: the lower end",
+            f"above gate_min_win_rate={settings.gate_min_win_rate:g}",
         ),
         (
             kl["high"] < settings.gate_max_kl,
@@ -49,6 +60,11 @@ def decide(evaluation: dict[str, Any], settings: GateSettings) -> Verdict:
             ratio >= settings.gate_min_distinct2,
             f"distinct-2 {ratio:.3g} times the reference's: that",
             f"at least gate_min_distinct2={settings.gate_min_distinct2:g}",
+        ),
+        (
+            repeated <= settings.gate_max_repetition,
+            f"{repeated:.3g} of the responses' word 4-grams repeated: that",
+            f"at most gate_max_repetition={settings.gate_max_repetition:g}",
         ),
         (empty <= MOST_EMPTY, f"{empty:.0%} of the responses empty: that", f"at most {MOST_EMPTY:.0%}"),
     ]

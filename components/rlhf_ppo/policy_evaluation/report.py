@@ -90,7 +90,7 @@ def _interval(of: Mapping[str, float], digits: int = 2) -> str:
 def _cards(evaluation: dict[str, Any], settings: RunSettings) -> str:
     metrics, kl, ratio, gate = evaluation["metrics"], evaluation["kl"], evaluation["distinct2_ratio"], settings.gate
     score, length, two = metrics["score"], metrics["response_length"], metrics["distinct2"]
-    gain, kept = score["gain"], dict.fromkeys(("low", "mean", "high"), ratio)
+    wins, gain, kept = evaluation["win_rate"], score["gain"], dict.fromkeys(("low", "mean", "high"), ratio)
     keys = f"<span class='key s{REFERENCE}'>reference</span> <span class='key s{POLICY}'>policy</span>"
     cards = (
         _card("Mean score", _change(score, 2), keys, _both(score)),
@@ -99,6 +99,12 @@ def _cards(evaluation: dict[str, Any], settings: RunSettings) -> str:
             f"{gain['mean']:+.2f}",
             f"score {_interval(gain)}",
             strip([(POLICY, gain)], gate.gate_min_score_gain, "needs more than"),
+        ),
+        _card(
+            "Win rate",
+            f"{wins['mean']:.0%}",
+            f"of the pairs {_interval(wins)}",
+            strip([(POLICY, wins)], gate.gate_min_win_rate, "needs more than"),
         ),
         _card(
             "KL to the reference",
@@ -221,11 +227,14 @@ def _figures(evaluation: dict[str, Any]) -> str:
         ("Score", "score"),
         ("Response length, tokens", "response_length"),
         ("Share that ends by itself", "ended"),
+        ("Share of repeated word 4-grams", "repetition"),
+        ("Surprise of the reference, nats per token", "nll"),
         ("Distinct-1", "distinct1"),
         ("Distinct-2", "distinct2"),
     ):
         of = evaluation["metrics"][key]
         lines += _line(name, _cell(of["reference"]), _cell(of["policy"]), _cell(of["gain"]))
+    lines += _line("Win rate, a tie is one half", "", _cell(evaluation["win_rate"]), "")
     lines += _line("KL, nats per response (k1)", "", _cell(evaluation["kl"]), "")
     lines += _line("KL, nats per response (k3)", "", _cell(evaluation["kl3"]), "")
     lines += _line("Empty responses", "", f"{evaluation['empty_responses']:.1%}", "")

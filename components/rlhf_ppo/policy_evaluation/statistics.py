@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,12 +21,16 @@ Array = NDArray[numpy.float64]
 
 @dataclass(frozen=True)
 class Samples:
-    """Responses of one model; every list has one entry per prompt and sample, the samples of a prompt together."""
+    """Responses of one model; every list has one entry per prompt and sample, the samples of a prompt together.
+
+    ``nlls`` are the means over a response's tokens of -log q in nats, where q is the reference.
+    """
 
     responses: list[str]
     scores: list[float]
     lengths: list[int]
     ended: list[bool]
+    nlls: list[float]
 
 
 def interval(values: Array, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, float]:
@@ -98,6 +103,21 @@ def kl_estimates(logprobs: Sequence[Any], ref_logprobs: Sequence[Any]) -> tuple[
     return k1, k3
 
 
+def wins(policy: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """1 where the policy's score is higher, 0 where it is lower, one half for a tie, which rounding may have parted."""
+    return [
+        0.5 if math.isclose(after, before, rel_tol=1e-6, abs_tol=1e-9) else float(after > before)
+        for after, before in zip(policy, reference, strict=True)
+    ]
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Share of the n-grams of words in ``text`` that stood in it before; 0 where there are none."""
+    words = WORD.findall(text)
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def compare(policy: Samples, reference: Samples, k1: list[float], k3: list[float], samples: int) -> dict[str, Any]:
     """Every figure of policy and reference with its interval; gains are paired by prompt."""
     metrics = {}
@@ -105,6 +125,8 @@ def compare(policy: Samples, reference: Samples, k1: list[float], k3: list[float
         ("score", policy.scores, reference.scores),
         ("response_length", policy.lengths, reference.lengths),
         ("ended", policy.ended, reference.ended),
+        ("repetition", [repetition(text) for text in policy.responses], [repetition(r) for r in reference.responses]),
+        ("nll", policy.nlls, reference.nlls),
     ):
         after, before = per_prompt(of_policy, samples), per_prompt(of_reference, samples)
         metrics[name] = {"policy": interval(after), "reference": interval(before), "gain": interval(after - before)}
@@ -121,6 +143,7 @@ def compare(policy: Samples, reference: Samples, k1: list[float], k3: list[float
         "prompts": len(policy.scores) // samples,
         "samples_per_prompt": samples,
         "metrics": metrics,
+        "win_rate": interval(per_prompt(wins(policy.scores, reference.scores), samples)),
         "kl": interval(per_prompt(k1, samples)),
         "kl3": interval(per_prompt(k3, samples)),
         # A reference without word pairs has no diversity that could be lost.
