@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-# A shell script's background jobs ignore SIGINT, and so would the commands that the tests interrupt.
+# A shell script's background jobs ignore SIGINT, and nohup's SIGHUP; so would the commands that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -82,6 +82,13 @@ def push(
     return subprocess.run(command, cwd=outputs, env=environment, capture_output=True, text=True)
 
 
+def compared_with(outputs: Path, champion: str) -> None:
+    """Let the evaluation have compared the policy with what a commit published."""
+    path = outputs / "evaluation" / "evaluation.json"
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps({**results, "champion": {"repo_id": "me/film", "revision": champion}}))
+
+
 def revision(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr[-2000:]
     return next(line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith("REVISION"))
@@ -190,7 +197,9 @@ def test_whichever_request_or_answer_gets_lost_there_is_one_complete_commit(
 
 def test_a_second_run_of_the_step_gives_the_same_revision_and_another_run_a_new_one(hub: Hub, outputs: Path) -> None:
     # The name of the second begins with that of the first.
-    first, second = (revision(push(hub, outputs, run_id=run_id)) for run_id in ("run-10", "run-1"))
+    first = revision(push(hub, outputs, run_id="run-10"))
+    compared_with(outputs, first)
+    second = revision(push(hub, outputs, run_id="run-1"))
     assert first != second
     assert [revision(push(hub, outputs, run_id=run_id)) for run_id in ("run-10", "run-1")] == [first, second]
     assert len(hub.repositories["me/film"].commits) == 3
@@ -213,28 +222,51 @@ def test_a_busy_hub_is_asked_again(hub: Hub, outputs: Path, status: int) -> None
 
 
 class Busy(Repository):
-    """A repository where somebody else adds a shard right after it was looked at for the first time."""
+    """A repository where somebody else commits ``added`` right after it was looked at for the first time."""
 
     busy = True
+    added: dict[str, bytes] = {}
 
     def until(self, revision: str) -> list[Commit]:
         found = super().until(revision)
         if revision != "main" and self.busy:
             self.busy = False
-            self.commit("theirs", {**found[-1][2], "model-00002-of-00002.safetensors": b"x", "LICENSE": b"theirs"})
+            self.commit("theirs", {**found[-1][2], **self.added})
         return found
 
 
+def busy(hub: Hub, outputs: Path, added: dict[str, bytes]) -> Busy:
+    """One with a model that the policy was compared with."""
+    repository = hub.repositories["me/film"] = Busy(private=True)
+    repository.added = added
+    files = {"pytorch_model.bin": b"x", "model-00002-of-00002.safetensors": b"x"}
+    compared_with(outputs, repository.commit("initial", files))
+    return repository
+
+
 def test_a_commit_in_between_is_built_upon(hub: Hub, outputs: Path) -> None:
-    hub.repositories["me/film"] = Busy(private=True)
-    hub.repositories["me/film"].commit("initial", {"pytorch_model.bin": b"x"})
+    repository = busy(hub, outputs, {"LICENSE": b"theirs"})
     revision(push(hub, outputs))
-    titles, files = (
-        [commit[1] for commit in hub.repositories["me/film"].commits],
-        hub.repositories["me/film"].commits[-1][2],
-    )
-    assert titles == ["initial", "theirs", "rlhf-ppo (pipeline run run-1)"]
+    assert [commit[1] for commit in repository.commits] == ["initial", "theirs", "rlhf-ppo (pipeline run run-1)"]
+    files = repository.commits[-1][2]
     assert "LICENSE" in files and not {"model-00002-of-00002.safetensors", "pytorch_model.bin"} & set(files)
+
+
+@pytest.mark.parametrize("added", [{"model-00002-of-00002.safetensors": b"y"}, {"model.safetensors": b"theirs"}])
+def test_a_model_that_was_published_since_the_evaluation_is_not_pushed_over(
+    hub: Hub, outputs: Path, added: dict[str, bytes]
+) -> None:
+    repository = busy(hub, outputs, added)
+    failed = failure(push(hub, outputs))
+    assert failed["input_error"] and "another model was published since the evaluation" in failed["message"]
+    assert [commit[1] for commit in repository.commits] == ["initial", "theirs"]
+
+
+def test_a_model_that_the_evaluation_did_not_see_is_not_pushed_over(hub: Hub, outputs: Path) -> None:
+    hub.repositories["me/film"] = Repository(private=True)
+    hub.repositories["me/film"].commit("initial", {"model.safetensors": b"x"})
+    assert "the evaluation found no model there" in failure(push(hub, outputs))["message"]
+    assert len(hub.repositories["me/film"].commits) == 1
 
 
 @pytest.mark.parametrize(

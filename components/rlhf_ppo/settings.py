@@ -314,6 +314,12 @@ class GateSettings(Checked):
         minimum=0,
         maximum=1,
     )
+    gate_min_champion_gain: float = declare(
+        0.0,
+        "The lower end of the 95 % interval of the score's gain over the model that is published in the repository "
+        "must exceed this; nothing is asked where none is.",
+        unit="score",
+    )
     gate_max_kl: float = declare(
         25.0,
         "The upper end of the 95 % interval of the KL to the reference must stay below this.",

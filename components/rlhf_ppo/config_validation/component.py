@@ -107,6 +107,7 @@ def validate_config(
     gate_min_score_gain: float = 0.0,
     gate_min_score: float = -1000000000.0,
     gate_min_win_rate: float = 0.5,
+    gate_min_champion_gain: float = 0.0,
     gate_max_kl: float = 25.0,
     gate_min_distinct2: float = 0.7,
     gate_max_repetition: float = 0.5,

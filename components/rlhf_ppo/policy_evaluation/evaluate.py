@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import math
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from rlhf_ppo.devices import Device, find_device, has_habana
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings
+from rlhf_ppo.policy_evaluation.champion import fetch_champion
 from rlhf_ppo.policy_evaluation.gate import decide
 from rlhf_ppo.policy_evaluation.report import render
-from rlhf_ppo.policy_evaluation.statistics import Samples, compare, kl_estimates
+from rlhf_ppo.policy_evaluation.statistics import Samples, against, compare, kl_estimates
 from rlhf_ppo.ppo import Prompt, Sampling
 from rlhf_ppo.ppo.generation import Generated, draw, sample
 from rlhf_ppo.ppo.models import load_model
@@ -49,8 +52,14 @@ def evaluate_policy(
     with Tracker.for_run("evaluate_policy", run_id, settings) as tracker:
         reward = load_reward(str(settings.ppo.reward_model), settings.reward, _device(settings).name)
         repeated = _held_out(prompts, settings)
-        samples, k1, k3 = _measure(settings, repeated, reward, reference, policy)
+        with tempfile.TemporaryDirectory(prefix="rlhf-ppo-") as place:
+            champion = fetch_champion(settings, Path(place))
+            models = Models(reference, policy, Path(place) if champion else None)
+            samples, k1, k3 = _measure(settings, repeated, reward, models)
         found = compare(samples["policy"], samples["reference"], k1, k3, settings.evaluation.eval_samples_per_prompt)
+        if champion:
+            compared = against(samples["policy"], samples["champion"], settings.evaluation.eval_samples_per_prompt)
+            found["champion"] = {"repo_id": settings.repo_id, "revision": champion, **compared}
         verdict = decide(found, settings.gate)
         found["verdict"] = {"passed": verdict.passed, "reasons": list(verdict.reasons)}
         found["lineage"] = _lineage(settings, prompts, reference, policy)
@@ -79,42 +88,66 @@ def _held_out(prompts: Path, settings: RunSettings) -> list[Prompt]:
     return [prompt for prompt in held_out for _ in range(settings.evaluation.eval_samples_per_prompt)]
 
 
+@dataclass(frozen=True)
+class Models:
+    """Where the models that are compared lie; there may be no champion."""
+
+    reference: Path
+    policy: Path
+    champion: Path | None
+
+
 def _measure(
-    settings: RunSettings, prompts: Sequence[Prompt], reward: Reward, reference: Path, policy: Path
+    settings: RunSettings, prompts: Sequence[Prompt], reward: Reward, models: Models
 ) -> tuple[dict[str, Samples], list[float], list[float]]:
-    """Scored samples of both models, one in memory at a time, and the two KL estimates of the policy's."""
+    """Scored samples of all models, one in memory at a time, and the two KL estimates of the policy's."""
     from transformers import AutoTokenizer
 
-    tokenizer, device = AutoTokenizer.from_pretrained(reference), _device(settings).device
+    tokenizer, device = AutoTokenizer.from_pretrained(models.reference), _device(settings).device
+    rounds = 3 if models.champion else 2
     # 1. The policy responds
-    model = load_model(policy, settings.model.model_dtype).to(device)
-    of_policy = _respond(model, prompts, settings, _progress(0, len(prompts)))
+    model = load_model(models.policy, settings.model.model_dtype).to(device)
+    of_policy = _respond(model, prompts, settings, _progress(0, rounds, len(prompts)))
     policy_ends = _ends(model)
     del model
     gc.collect()
     # 2. The reference responds, and says how likely the policy's responses are
-    model = load_model(reference, settings.model.model_dtype).to(device)
-    of_reference = _respond(model, prompts, settings, _progress(1, len(prompts)))
+    model = load_model(models.reference, settings.model.model_dtype).to(device)
+    of_reference = _respond(model, prompts, settings, _progress(1, rounds, len(prompts)))
     ref_logprobs = _logprobs(model, prompts, of_policy, settings)
     k1, k3 = kl_estimates(of_policy.logprobs, ref_logprobs)
     reference_ends = _ends(model)
     del model
     gc.collect()
-    # 3. The reward scores both
+    # 3. The reward scores all
     samples = {
         "policy": _samples(of_policy, ref_logprobs, prompts, tokenizer, reward, policy_ends),
         "reference": _samples(of_reference, of_reference.logprobs, prompts, tokenizer, reward, reference_ends),
     }
+    # 4. The published model responds, if there is one
+    if models.champion is not None:
+        model = load_model(models.champion, settings.model.model_dtype).to(device)
+        theirs = AutoTokenizer.from_pretrained(models.champion)
+        asked = prompts if theirs.get_vocab() == tokenizer.get_vocab() else _read_by(theirs, prompts)
+        found = _respond(model, asked, settings, _progress(2, rounds, len(prompts)))
+        samples["champion"] = _samples(found, [], prompts, theirs, reward, _ends(model))
     return samples, k1, k3
+
+
+def _read_by(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """``prompts`` in the tokens of another model; their texts hold the special tokens that they begin with."""
+    texts = [prompt.text for prompt in prompts]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [Prompt(text, torch.tensor(row, dtype=torch.long)) for text, row in zip(texts, ids, strict=True)]
 
 
 def _ends(model: Any) -> set[int]:
     return set(Sampling.for_model(model, 1).eos_token_ids)
 
 
-def _progress(number: int, total: int) -> Callable[[int], None]:
+def _progress(number: int, rounds: int, each: int) -> Callable[[int], None]:
     def report(done: int) -> None:
-        emit("progress", step="evaluate_policy", done=number * total + done, total=2 * total, unit="responses")
+        emit("progress", step="evaluate_policy", done=number * each + done, total=rounds * each, unit="responses")
 
     return report
 
@@ -165,9 +198,16 @@ def _rows(prompts: Sequence[Prompt], samples: dict[str, Samples], k1: list[float
             "reference_score": samples["reference"].scores[row],
             "policy_score": samples["policy"].scores[row],
             "kl": k1[row],
+            **_of_champion(samples.get("champion"), row),
         }
         for row, prompt in enumerate(prompts)
     ]
+
+
+def _of_champion(champion: Samples | None, row: int) -> dict[str, Any]:
+    if champion is None:
+        return {}
+    return {"champion": champion.responses[row], "champion_score": champion.scores[row]}
 
 
 def _lineage(settings: RunSettings, prompts: Path, reference: Path, policy: Path) -> dict[str, Any]:

@@ -68,6 +68,11 @@ def decide(evaluation: dict[str, Any], settings: GateSettings) -> Verdict:
         ),
         (empty <= MOST_EMPTY, f"{empty:.0%} of the responses empty: that", f"at most {MOST_EMPTY:.0%}"),
     ]
+    champion = evaluation.get("champion")
+    if champion:
+        gained, needed = champion["gain"], settings.gate_min_champion_gain
+        said = f"score gain {shown(gained)} over the published model: the lower end"
+        checks.append((gained["low"] > needed, said, f"above gate_min_champion_gain={needed:g}"))
     reasons = tuple(
         f"{'passed' if good else 'held'}: {what} {'is' if good else 'is not'} {needed}" for good, what, needed in checks
     )

@@ -235,6 +235,11 @@ def _figures(evaluation: dict[str, Any]) -> str:
         of = evaluation["metrics"][key]
         lines += _line(name, _cell(of["reference"]), _cell(of["policy"]), _cell(of["gain"]))
     lines += _line("Win rate, a tie is one half", "", _cell(evaluation["win_rate"]), "")
+    champion = evaluation.get("champion")
+    if champion:
+        name = f"Score, against {_text(champion['repo_id'])} as published"
+        lines += _line(name, _cell(champion["score"]), "", _cell(champion["gain"]))
+        lines += _line("Win rate against that", "", _cell(champion["win_rate"]), "")
     lines += _line("KL, nats per response (k1)", "", _cell(evaluation["kl"]), "")
     lines += _line("KL, nats per response (k3)", "", _cell(evaluation["kl3"]), "")
     lines += _line("Empty responses", "", f"{evaluation['empty_responses']:.1%}", "")

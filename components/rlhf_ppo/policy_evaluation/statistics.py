@@ -118,6 +118,13 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def against(policy: Samples, champion: Samples, samples: int) -> dict[str, Any]:
+    """The champion's score, and the policy's gain over it and share of wins, paired by prompt."""
+    after, before = per_prompt(policy.scores, samples), per_prompt(champion.scores, samples)
+    won = per_prompt(wins(policy.scores, champion.scores), samples)
+    return {"score": interval(before), "gain": interval(after - before), "win_rate": interval(won)}
+
+
 def compare(policy: Samples, reference: Samples, k1: list[float], k3: list[float], samples: int) -> dict[str, Any]:
     """Every figure of policy and reference with its interval; gains are paired by prompt."""
     metrics = {}

@@ -1,0 +1,92 @@
+"""The hub as its callers need it: tried again where it may yet answer, with the remedy where it never will."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rlhf_ppo.errors import InputError
+
+TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+TRIES = 6
+LONGEST_PAUSE = 60.0
+WEIGHTS = ".safetensors"
+Result = TypeVar("Result")
+
+
+def write_token(repo_id: str) -> str:
+    """The token that the environment has for a push. Raises InputError where there is none, or it can't be one."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not token:
+        raise InputError(
+            f"hub_repo_id={repo_id!r} needs a token that may write there: set HF_TOKEN, on a cluster through the key "
+            "HF_TOKEN of the secret hf-token"
+        )
+    # The client would repeat the token in its complaint.
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise InputError("HF_TOKEN holds characters that no token has, a line break perhaps: store the token alone")
+    return token
+
+
+def weights_of(api: Any, repo_id: str, revision: str) -> dict[str, str]:
+    """The files of weights at a revision by name, with what tells their content; empty where there are none."""
+    return {
+        entry.path: entry.blob_id
+        for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True)
+        if entry.path.endswith(WEIGHTS)
+    }
+
+
+def tried(call: Callable[[], Result], repo_id: str) -> Result:
+    """The result of ``call``, tried again with growing pauses where the hub may yet answer.
+
+    Raises InputError with the remedy where it never will.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    for number in range(TRIES):
+        last = number == TRIES - 1
+        wish = None
+        try:
+            return call()
+        except HFValidationError as error:
+            raise InputError(f"hub_repo_id={repo_id!r} can't be a repository: {error}") from None
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else 0
+            if status in (401, 403, 404):
+                raise InputError(_remedy(status, repo_id)) from None
+            if status not in TRANSIENT or last:
+                raise
+            wish = error.response.headers.get("Retry-After")
+        except _broken_connection():
+            # Whether the hub did what it was asked is seen at the next try.
+            if last:
+                raise
+        time.sleep(_pause(number, wish))
+    raise AssertionError("unreachable")
+
+
+def _broken_connection() -> tuple[type[Exception], ...]:
+    """What a broken connection raises: huggingface_hub speaks through requests, since 1.0 httpx, since 2.0 httpx2."""
+    found: list[type[Exception]] = [ConnectionError, TimeoutError]
+    found += [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
+    found += [sys.modules["requests"].RequestException] if "requests" in sys.modules else []
+    return tuple(found)
+
+
+def _pause(number: int, wish: str | None) -> float:
+    """Seconds before the next try: 1, 2, 4 …, and no less than the hub asks for, within a minute."""
+    pause = float(os.environ.get("RLHF_PPO_RETRY_PAUSE", "1")) * 2**number
+    return min(max(pause, float(wish)) if wish and wish.isdigit() else pause, LONGEST_PAUSE)
+
+
+def _remedy(status: int, repo_id: str) -> str:
+    said = {
+        401: "the hub does not know the token in HF_TOKEN: make a new one",
+        403: "the token in HF_TOKEN may not write there: give it write access to the repository's owner",
+        404: "the hub knows no such owner or repository, or the token in HF_TOKEN may not see it",
+    }
+    return f"hub_repo_id={repo_id!r}: {said[status]} (HTTP {status})"
