@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 CUT = 0  # the status of a Fault that closes the connection
+HALF = 1  # the status of a Fault that closes it in the middle of the answer
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.paths: list[str] = []
+        self.fault_at: dict[int, Fault] = {}
+        """A fault by the number of the request, counted in ``paths``."""
         handler = type("Bound", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -104,12 +107,23 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._read()
         path = unquote(urlsplit(self.path).path)
         self.hub.paths.append(f"{self.command} {self.path}")
-        fault = next((f for f in self.hub.faults if f.times and f.method == self.command and f.path in path), None)
+        fault = self.hub.fault_at.pop(len(self.hub.paths) - 1, None)
+        fault = fault or next(
+            (f for f in self.hub.faults if f.times and f.method == self.command and f.path in path), None
+        )
         if fault:
             fault.times -= 1
         try:
             found = self._route(path, body) if fault is None or fault.takes_effect else None
-            if fault and fault.status == CUT:
+            if fault and fault.status == HALF:
+                content = json.dumps(found).encode() if not isinstance(found, tuple) else found[0]
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content) + 10))
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2])
+                self.wfile.flush()
+            if fault and fault.status in (CUT, HALF):
+                self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
             if fault:

@@ -51,7 +51,7 @@ def tried(call: Callable[[], Result], repo_id: str) -> Result:
         last = number == TRIES - 1
         wish = None
         try:
-            return call()
+            return _called(call)
         except HFValidationError as error:
             raise InputError(f"hub_repo_id={repo_id!r} can't be a repository: {error}") from None
         except HfHubHTTPError as error:
@@ -67,6 +67,20 @@ def tried(call: Callable[[], Result], repo_id: str) -> Result:
                 raise
         time.sleep(_pause(number, wish))
     raise AssertionError("unreachable")
+
+
+def _called(call: Callable[[], Result]) -> Result:
+    """What ``call`` gives; errors of the connection are taken out of those that huggingface_hub makes of them."""
+    try:
+        return call()
+    except RuntimeError as error:  # an upload that failed
+        if isinstance(error.__cause__, Exception):
+            raise error.__cause__ from None
+        raise
+    except ValueError as error:
+        if type(error).__name__ == "HfUriError":  # a conflict that is not said to be one with an existing repository
+            raise ConnectionError(f"the hub's answer names no repository: {error}") from error
+        raise
 
 
 def _broken_connection() -> tuple[type[Exception], ...]:
