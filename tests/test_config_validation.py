@@ -186,6 +186,15 @@ def test_the_parts_of_a_sum_are_looked_at_and_pinned_like_the_reward_itself(hub:
     assert "me/else" in unknown and unknown.startswith("reward_sum=")
 
 
+def test_a_judge_is_looked_at_and_pinned_like_the_reward_itself(hub: type[Hub]) -> None:
+    settings = RunSettings.from_json(validate_config(given(eval_judge="me/thing@v1")))
+    assert settings.evaluation.eval_judge == f"me/thing@{COMMITS['v1']}"
+    (wrong,) = problems(eval_judge="own_reward:width")
+    assert wrong.startswith("eval_judge='own_reward:width' is not there")
+    (wrong,) = problems(eval_judge="https://me:pw7@host/x")
+    assert "eval_judge holds a password" in wrong and "pw7" not in wrong
+
+
 def test_a_password_in_the_address_of_a_reward_is_refused_and_not_repeated() -> None:
     for changes in ({"reward_model": "https://me:pw7@host/x"}, {"reward_sum": {"https://me:pw7@host/x": 1.0}}):
         (problem,) = problems(**changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -122,3 +123,14 @@ def test_the_step_returns_the_stored_verdict_and_tells_its_reasons(
     (tmp_path / "evaluation.json").write_text(json.dumps(stored), encoding="utf-8")
     assert gate(tmp_path) is passed
     assert capsys.readouterr().out == "passed: first\nheld: second\n"
+
+
+def test_of_equal_policies_at_most_one_in_twenty_passes_and_a_clearly_better_one_does() -> None:
+    """The whole gate, on simulated evaluations; benchmarks/gate_error_rates.py prints more of them."""
+    place = Path(__file__).parent.parent / "benchmarks" / "gate_error_rates.py"
+    spec = importlib.util.spec_from_file_location("gate_error_rates", place)
+    assert spec and spec.loader
+    rates = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rates)
+    assert rates.passed("normal", 50, 0.0, 200) <= 0.05
+    assert rates.passed("normal", 50, 1.0, 50) >= 0.9

@@ -196,7 +196,7 @@ def test_every_parameter_reaches_the_steps_as_it_was_given(run: Run) -> None:
     given |= {"push_to_hub_if_best_kwargs": {"repo_id": "me/model", "private": False}}
     given |= {"pad_max_input_len": 1024, "pad_max_len": 2048, "log_with": "mlflow", "eval_seed": 2**31}
     given |= {"checkpoint_name": "mine", "ppo_shared_layers": 0, "ppo_value_head": given["model_name"]}
-    given |= {"reward_sum": {given["reward_model"]: 0.5}}
+    given |= {"reward_sum": {given["reward_model"]: 0.5}, "eval_judge": given["reward_model"]}
     given |= {"node_cpu": "500m", "node_memory": "64Gi", "node_selector": {"pool": "a"}, "use_habana": False}
     calls = run.start(**given)
     expected = encode(decode(given))

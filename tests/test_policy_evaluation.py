@@ -390,6 +390,30 @@ def test_the_tracker_gets_figures_samples_and_the_report(inputs: Path, tmp_path:
     assert {"report.html", "evaluation.json", "samples.json"} <= {artifact.path for artifact in artifacts}
 
 
+# A judge
+
+
+def length(prompts: list[str], responses: list[str], response_ids: list[list[int]]) -> list[float]:
+    """A reward that did not train the policy, and reads tokens."""
+    return [float(len(ids)) for ids in response_ids]
+
+
+def test_a_judge_scores_the_same_responses_and_its_gain_can_be_asked_for(inputs: Path, tmp_path: Path) -> None:
+    evaluate(inputs, tmp_path, eval_judge=f"{__name__}:length", gate_min_judge_gain=100.0)
+    found = strictly(tmp_path / "evaluation" / "evaluation.json")
+    judge, lengths = found["judge"], found["metrics"]["response_length"]
+    assert judge["name"] == f"{__name__}:length" and found["lineage"]["judge"] == judge["name"]
+    assert judge["gain"] == lengths["gain"] and judge["reference"] == lengths["reference"]
+    (reason,) = [text for text in found["verdict"]["reasons"] if "gate_min_judge_gain=100" in text]
+    assert reason.startswith("held: score gain")
+    assert "Score of the judge" in (tmp_path / "report").read_text()
+
+
+def test_without_a_judge_nothing_is_said_of_one(inputs: Path, tmp_path: Path) -> None:
+    evaluate(inputs, tmp_path)
+    assert "the judge" not in (tmp_path / "report").read_text()
+
+
 # The published model
 
 

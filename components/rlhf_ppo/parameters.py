@@ -67,6 +67,7 @@ class RunSettings:
             ("mlflow_tracking_uri", self.tracking.mlflow_tracking_uri),
             ("query_dataset", self.ppo.query_dataset or ""),
             ("reward_model", self.ppo.reward_model or ""),
+            ("eval_judge", self.evaluation.eval_judge),
             *(("reward_sum", name) for name in self.reward.reward_sum),
         ):
             # The value is not repeated: parameters, logs and errors are public.

@@ -292,6 +292,11 @@ class EvaluationSettings(Checked):
 
     eval_max_prompts: int = declare(256, "Held-out prompts used.", minimum=1)
     eval_samples_per_prompt: int = declare(1, "Responses sampled for each prompt.", minimum=1)
+    eval_judge: str = declare(
+        "",
+        "A second reward, which did not train the policy, as reward_model or model@revision: a gain that it does not "
+        "see is reward hacking. Empty for none.",
+    )
     eval_seed: int = declare(1234, "Seed of sampling in evaluation; the same for policy and reference.", minimum=0)
 
 
@@ -319,6 +324,11 @@ class GateSettings(Checked):
         "The lower end of the 95 % interval of the score's gain over the model that is published in the repository "
         "must exceed this; nothing is asked where none is.",
         unit="score",
+    )
+    gate_min_judge_gain: float = declare(
+        -1e9,
+        "With eval_judge: the lower end of the 95 % interval of its score's gain must exceed this; -1e9 is no floor.",
+        unit="score of the judge",
     )
     gate_max_kl: float = declare(
         25.0,

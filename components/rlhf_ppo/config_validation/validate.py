@@ -112,6 +112,10 @@ def _problems_of_sources(texts: Mapping[str, str]) -> list[str]:
             f"ppo_value_head={head!r} does not exist (seen from {Path.cwd()}): give a safetensors file or a directory "
             "that holds a value head, or leave it empty"
         )
+    judge = texts.get("eval_judge", "")
+    problem = _problem_of_reward(split_revision(judge)[0]) if judge else None
+    if problem:
+        found.append(f"eval_judge={judge!r} {problem}")
     return found + _problems_of_tracker(texts.get("log_with", ""))
 
 
@@ -185,6 +189,10 @@ def _pinned(settings: RunSettings) -> RunSettings:
         reward = groups.get("reward", settings.reward)
         weights = {_pinned_name(n, settings.ppo.reward_model): w for n, w in reward.reward_sum.items()}
         groups["reward"] = dataclasses.replace(reward, reward_sum=weights)
+        judge = settings.evaluation.eval_judge
+        if judge:
+            pinned = _pinned_name(judge, None, "eval_judge")
+            groups["evaluation"] = dataclasses.replace(settings.evaluation, eval_judge=pinned)
     except InputError as error:
         problems += error.problems
     if problems:
@@ -192,9 +200,9 @@ def _pinned(settings: RunSettings) -> RunSettings:
     return dataclasses.replace(settings, **groups)
 
 
-def _pinned_name(name: str, reward_model: str | None) -> str:
-    """``name`` of reward_sum with a commit, where it is on the hub and is not reward_model itself."""
+def _pinned_name(name: str, reward_model: str | None, parameter: str = "reward_sum") -> str:
+    """``name`` of a further reward with a commit, where it is on the hub and is not reward_model itself."""
     model, revision = split_revision(name)
     if name == reward_model or is_callable_name(name) or sources.kind(model) != "hub":
         return name
-    return f"{model}@{sources.commit_of('reward_sum', model, 'reward_sum', revision, 'model')}".rstrip("@")
+    return f"{model}@{sources.commit_of(parameter, model, parameter, revision, 'model')}".rstrip("@")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
@@ -29,6 +30,7 @@ from rlhf_ppo.ppo.rewards import Reward, load_reward, score, totals
 from rlhf_ppo.ppo.rollout import response_logprobs
 from rlhf_ppo.ppo_training.train import read_prompts
 from rlhf_ppo.preflight import check_cards
+from rlhf_ppo.settings import split_revision
 from rlhf_ppo.tracking import Tracker
 
 TRACKED_SAMPLES = 50
@@ -60,6 +62,9 @@ def evaluate_policy(
         if champion:
             compared = against(samples["policy"], samples["champion"], settings.evaluation.eval_samples_per_prompt)
             found["champion"] = {"repo_id": settings.repo_id, "revision": champion, **compared}
+        judge = settings.evaluation.eval_judge
+        if judge:
+            found["judge"] = {"name": judge, **_judged(settings, repeated, samples)}
         verdict = decide(found, settings.gate)
         found["verdict"] = {"passed": verdict.passed, "reasons": list(verdict.reasons)}
         found["lineage"] = _lineage(settings, prompts, reference, policy)
@@ -141,6 +146,19 @@ def _read_by(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
     return [Prompt(text, torch.tensor(row, dtype=torch.long)) for text, row in zip(texts, ids, strict=True)]
 
 
+def _judged(settings: RunSettings, prompts: Sequence[Prompt], samples: dict[str, Samples]) -> dict[str, Any]:
+    """The second reward's scores of policy and reference, paired by prompt."""
+    alone = dataclasses.replace(settings.reward, reward_sum={}, reward_revision="")
+    model, revision = split_revision(settings.evaluation.eval_judge)
+    judge = load_reward(model, dataclasses.replace(alone, reward_revision=revision), _device(settings).name)
+    each, texts, found = settings.evaluation.eval_samples_per_prompt, [prompt.text for prompt in prompts], {}
+    for name in ("policy", "reference"):
+        scores = totals(score(judge, texts, samples[name].responses, samples[name].ids))
+        found[name] = dataclasses.replace(samples[name], scores=scores)
+    compared = against(found["policy"], found["reference"], each)
+    return {"gain": compared["gain"], "win_rate": compared["win_rate"], "reference": compared["score"]}
+
+
 def _ends(model: Any) -> set[int]:
     return set(Sampling.for_model(model, 1).eos_token_ids)
 
@@ -185,6 +203,7 @@ def _samples(
         [len(ids) for ids in generated.responses],
         [len(ids) > 0 and int(ids[-1]) in ends for ids in generated.responses],
         [float(-row.double().mean()) if len(row) else 0.0 for row in ref_logprobs],
+        [ids.tolist() for ids in generated.responses],
     )
 
 
@@ -223,6 +242,7 @@ def _lineage(settings: RunSettings, prompts: Path, reference: Path, policy: Path
         "tokenizer digest": read(prompts / "manifest.json", "tokenizer_digest"),
         "reward": settings.ppo.reward_model,
         "reward revision": settings.reward.reward_revision or None,
+        "judge": settings.evaluation.eval_judge or None,
         "best PPO step": read(policy / "training.json", "best_step"),
     }
 

@@ -73,6 +73,11 @@ def decide(evaluation: dict[str, Any], settings: GateSettings) -> Verdict:
         gained, needed = champion["gain"], settings.gate_min_champion_gain
         said = f"score gain {shown(gained)} over the published model: the lower end"
         checks.append((gained["low"] > needed, said, f"above gate_min_champion_gain={needed:g}"))
+    judge = evaluation.get("judge")
+    if judge:
+        gained, needed = judge["gain"], settings.gate_min_judge_gain
+        said = f"score gain {shown(gained)} by the judge {judge['name']}: the lower end"
+        checks.append((gained["low"] > needed, said, f"above gate_min_judge_gain={needed:g}"))
     reasons = tuple(
         f"{'passed' if good else 'held'}: {what} {'is' if good else 'is not'} {needed}" for good, what, needed in checks
     )

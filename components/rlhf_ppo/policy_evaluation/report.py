@@ -235,6 +235,11 @@ def _figures(evaluation: dict[str, Any]) -> str:
         of = evaluation["metrics"][key]
         lines += _line(name, _cell(of["reference"]), _cell(of["policy"]), _cell(of["gain"]))
     lines += _line("Win rate, a tie is one half", "", _cell(evaluation["win_rate"]), "")
+    judge = evaluation.get("judge")
+    if judge:
+        name = f"Score of the judge {_text(judge['name'])}"
+        lines += _line(name, _cell(judge["reference"]), "", _cell(judge["gain"]))
+        lines += _line("Win rate by the judge", "", _cell(judge["win_rate"]), "")
     champion = evaluation.get("champion")
     if champion:
         name = f"Score, against {_text(champion['repo_id'])} as published"

@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -23,7 +23,7 @@ Array = NDArray[numpy.float64]
 class Samples:
     """Responses of one model; every list has one entry per prompt and sample, the samples of a prompt together.
 
-    ``nlls`` are the means over a response's tokens of -log q in nats, where q is the reference.
+    ``nlls`` are the means over a response's tokens of -log q in nats, where q is the reference; ``ids`` its tokens.
     """
 
     responses: list[str]
@@ -31,6 +31,7 @@ class Samples:
     lengths: list[int]
     ended: list[bool]
     nlls: list[float]
+    ids: list[list[int]] = field(default_factory=list)
 
 
 def interval(values: Array, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, float]:
