@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import training_worker as worker
+from rlhf_ppo.ppo.loop import Interrupted
+from rlhf_ppo.preemption import Preemption
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,40 @@ def test_two_processes_that_are_ended_go_on_with_the_same_bits(
     ).read_text()
     assert worker.events(ended, "resumed")[-1]["done"] >= (9 if number == signal.SIGTERM else 6)
     worker.assert_same(ended, undisturbed_two)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_attempt_that_takes_too_long_writes_a_checkpoint_and_says_so(
+    training_inputs: Path, undisturbed: Path, undisturbed_two: Path, tmp_path: Path, processes: int
+) -> None:
+    place = tmp_path / "place"
+    limited = {"checkpoint_every": 0, "node_processes": processes, "node_timeout_seconds": 3}
+    env = {"WAIT_IN_REWARD": "4"} if processes == 1 else {"SLOW_IN_THE_FIRST": "0.5"}
+    assert worker.finished(worker.start(training_inputs, place, env, **limited)) == 1
+    (failed,) = worker.events(place, "step_failed")
+    assert "Stopped: stopped by node_timeout_seconds=3 after" in failed["message"]
+    assert "goes on from" in failed["message"]
+    assert worker.finished(worker.start(training_inputs, place, node_processes=processes)) == 0
+    assert worker.told(place, "resumed") == 1
+    worker.assert_same(place, undisturbed if processes == 1 else undisturbed_two)
+
+
+def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_check_on_all() -> None:
+    class Busy:
+        """Two processes; this one is told to stop while the first agreement is under way."""
+
+        num_processes, device = 2, torch.device("cpu")
+
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def reduce(self, flags: torch.Tensor, reduction: str) -> torch.Tensor:
+            self.asked += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            return flags
+
+    with Preemption(Busy()) as preemption:
+        preemption.check()
+        assert preemption.taken == {signal.SIGTERM}
+        with pytest.raises(Interrupted):
+            preemption.check()

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_ppo import tracking
 from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
 from rlhf_ppo.parameters import decode
 from rlhf_ppo.ppo import PPOTrainer
@@ -31,8 +30,11 @@ from tiny_models import llama, word_tokenizer
 REWARD = """
 import os, pathlib, random, time
 import numpy, torch
+from rlhf_ppo import tracking
 
 calls = 0
+# Nobody is there to be told, and no test waits for that.
+tracking.DEADLINE = 0.0
 
 def noisy(prompts, responses):
     # Draws from every global random stream: a resumed run must find them where they were.
@@ -42,6 +44,8 @@ def noisy(prompts, responses):
     if wait_at and len(responses) > 2 and calls == int(wait_at):
         pathlib.Path("waiting").touch()
         time.sleep(600)
+    if os.environ.get("RANK", "0") == "0":
+        time.sleep(float(os.environ.get("SLOW_IN_THE_FIRST", "0")))
     for _ in range(1 + int(os.environ.get("RANK", "0"))):
         noise = random.random() + numpy.random.rand() + float(torch.rand(()))
     high = [sum(int(word[1:]) > 33 for word in text.split() if word[1:].isdigit()) for text in responses]
@@ -57,6 +61,15 @@ def is_killed_in_the_second(prompts, responses):
     if os.environ.get("RANK") == "1" and len(responses) > 2:
         os.kill(os.getpid(), 9)
     return [1.0] * len(responses)
+
+def is_killed_in_the_second_once(prompts, responses):
+    global calls
+    calls += 1
+    if os.environ.get("RANK") == "1" and calls == 5 and not pathlib.Path("killed").exists():
+        pathlib.Path("killed").touch()
+        print("about to run out of memory", flush=True)
+        os.kill(os.getpid(), 9)
+    return [float(len(text)) for text in responses]
 """
 SMALL = {
     "model_name": "model", "query_dataset": "rows.jsonl", "reward_model": "noisy_reward:noisy", "steps": 192,
@@ -104,8 +117,6 @@ def _train(inputs: Path, place: Path, values: dict[str, Any], env: dict[str, str
          "RLHF_PPO_CHECKPOINTS": str(place / "checkpoints")}
     )  # fmt: skip
     sys.path.insert(0, str(inputs))
-    # Nobody is there to be told, and no test waits for that.
-    tracking.DEADLINE = 0.0
     sys.stderr = (place / "stderr").open("a")
     if "WAIT_BEFORE_UPDATE" in env:
         _wait_before_update(int(env["WAIT_BEFORE_UPDATE"]))

@@ -1,4 +1,4 @@
-"""SIGTERM while a model is trained: the step ends where nothing is lost, not where it happens to be."""
+"""SIGTERM, or the end of its time, while a model is trained: the step ends where nothing is lost."""
 
 from __future__ import annotations
 
@@ -15,41 +15,57 @@ from rlhf_ppo.ppo.loop import Interrupted
 
 
 class Preemption:
-    """Inside the block SIGTERM is remembered; ``check`` then raises Interrupted, on all processes at once.
+    """Inside the block SIGTERM, and that ``seconds`` are over (0 is no limit), is remembered; ``check`` then raises
+    Interrupted, on all processes at once, and ``reason`` says why.
 
     Inside ``interruptible`` a process that is alone is interrupted at once: what is begun there can be begun again.
     """
 
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
-        self.requested = False
+    def __init__(self, accelerator: Any, seconds: int = 0) -> None:
+        self.accelerator, self.seconds = accelerator, seconds
+        self.taken: set[int] = set()
         self._at_once = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._take)
+            numbers = [signal.SIGTERM, signal.SIGALRM] if self.seconds else [signal.SIGTERM]
+            self._before = {number: signal.signal(number, self._take) for number in numbers}
+            signal.setitimer(signal.ITIMER_REAL, self.seconds)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    @property
+    def reason(self) -> str:
+        """What ended training."""
+        if signal.SIGALRM in self.taken and signal.SIGTERM not in self.taken:
+            return f"node_timeout_seconds={self.seconds}"
+        return "SIGTERM"
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.taken.add(number)
         if self._at_once:
             self._at_once = False
             raise Interrupted
 
     def check(self) -> None:
-        """Raise Interrupted if any process was told to stop. With several processes all must call it together."""
-        told = self.requested
+        """Raise Interrupted if any process is to stop. With several processes all must call it together."""
+        agreed = set(self.taken)
         if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(told), device=self.accelerator.device)
-            told = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-        if told:
+            known = (signal.SIGTERM, signal.SIGALRM)
+            flags = torch.tensor([float(number in agreed) for number in known], device=self.accelerator.device)
+            told = self.accelerator.reduce(flags, reduction="sum").tolist()
+            # What comes while the others are asked is nothing that they know of: it counts at the next check.
+            agreed = {number for number, count in zip(known, told, strict=True) if count}
+            self.taken |= agreed
+        if agreed:
             raise Interrupted
 
     @contextmanager

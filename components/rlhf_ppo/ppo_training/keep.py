@@ -109,15 +109,12 @@ class Keeper:
 
     def stopped(self) -> Stopped:
         """Write a checkpoint at once; returns what to raise."""
-        done = self.trainer.steps_done
+        said = f"stopped by {self.preemption.reason} after {self.trainer.steps_done} PPO steps"
         try:
             self.save(wait=True)
         except OSError as error:
-            return Stopped(f"stopped by SIGTERM after {done} PPO steps; no checkpoint could be written: {error}")
-        return Stopped(
-            f"stopped by SIGTERM after {done} PPO steps; the same training, started again, goes on from "
-            f"{self.store.directory}"
-        )
+            return Stopped(f"{said}; no checkpoint could be written: {error}")
+        return Stopped(f"{said}; the same training, started again, goes on from {self.store.directory}")
 
     def save_result(self, policy: PolicyWithValueHead, directory: Path) -> None:
         """Write the best policy, where one was asked for, or else ``policy``, into ``directory``."""
