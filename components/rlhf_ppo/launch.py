@@ -1,4 +1,4 @@
-"""One training process for each card of a pod, by torch's elastic launcher, and one error to read at the end."""
+"""One training process for each card of a pod, or of many, by torch's elastic launcher, and one error at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 from rlhf_ppo.devices import Device
 from rlhf_ppo.errors import InputError
 
-ARGUMENTS, RESULT, FAILURE, KILLED = "arguments.json", "result.json", "failure-*.json", "killed.json"
+ARGUMENTS, RESULT, FAILURE, KILLED = "arguments.json", "result.json", "failure-*.json", "killed-*.json"
 
 
 class ProcessFailed(RuntimeError):
@@ -62,13 +62,13 @@ def run_processes(
         finally:
             _end(process)
         if status != 0 or not (place / RESULT).exists():
-            raise _failure(place, status, processes, kinds)
+            said = f"the training processes ended without a word (status {status}): the lines above may say more"
+            raise error_of(first_failure(place), processes, kinds) or ProcessFailed(said)
         return json.loads((place / RESULT).read_text(encoding="utf-8"))
 
 
 def main(module: str, directory: str, processes: int) -> None:
     """The launcher's own process: start the others, and leave in ``directory`` which of them was killed, if one was."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
@@ -80,15 +80,32 @@ def main(module: str, directory: str, processes: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    try:
+    with _telling_of_the_killed(Path(directory)):
         elastic_launch(config, sys.executable)("-m", module, directory)
+
+
+def main_of_node(module: str, directory: str) -> None:
+    """The same in one of several pods: torchrun, which reads the node's part from PET_* in the environment."""
+    from torch.distributed import run
+
+    with _telling_of_the_killed(Path(directory)):
+        run.main(["-m", module, directory])
+
+
+@contextmanager
+def _telling_of_the_killed(place: Path) -> Iterator[None]:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        yield
     except ChildFailedError as error:
         # Of SIGTERM die those that the launcher ends after another's failure.
         killed = [(f.timestamp, rank, -f.exitcode) for rank, f in error.failures.items() if f.exitcode < 0]
         by_others = sorted(found for found in killed if found[2] != signal.SIGTERM)
         if by_others and by_others[0][0] <= min(f.timestamp for f in error.failures.values()):
-            _, rank, number = by_others[0]
-            _write(Path(directory) / KILLED, {"rank": rank, "signal": signal.Signals(number).name})
+            when, rank, number = by_others[0]
+            told = {"rank": rank, "signal": signal.Signals(number).name, "time": when}
+            _write(place / KILLED.replace("*", str(rank)), told)
         sys.exit(1)
 
 
@@ -113,25 +130,28 @@ def _write(path: Path, value: Any) -> None:
     unfinished.rename(path)
 
 
-def _failure(place: Path, status: int, processes: int, kinds: Mapping[str, type[Exception]]) -> Exception:
-    """What the process that failed first said. The others fail after it, of its absence."""
-    if (place / KILLED).exists():
-        killed = json.loads((place / KILLED).read_text(encoding="utf-8"))
-        cause = "; that is often for want of memory" if killed["signal"] == "SIGKILL" else ""
-        return ProcessFailed(f"process {killed['rank']} of {processes} was ended by {killed['signal']}{cause}")
-    told = sorted((json.loads(path.read_text(encoding="utf-8")) for path in place.glob(FAILURE)), key=_when)
-    if not told:
-        return ProcessFailed(
-            f"the training processes ended without a word (status {status}): the lines above may say more"
-        )
-    first = told[0]
-    if first["kind"] in kinds:
-        return kinds[first["kind"]](first["message"])
-    return ProcessFailed(f"process {first['rank']} of {processes}: {first['kind']}: {first['message']}")
+def first_failure(place: Path) -> dict[str, Any] | None:
+    """What the process that failed first left in ``place``. The others fail after it, of its absence."""
+    told = [json.loads(path.read_text(encoding="utf-8")) for kind in (KILLED, FAILURE) for path in place.glob(kind)]
+    return min(told, key=_when, default=None)
+
+
+def error_of(failure: dict[str, Any] | None, processes: int, kinds: Mapping[str, type[Exception]]) -> Exception | None:
+    """The exception that ``failure`` is: of a class that ``kinds`` names as it was, of another as ProcessFailed."""
+    if failure is None:
+        return None
+    who = f"process {failure['rank']} of {processes}"
+    if "signal" in failure:
+        cause = "; that is often for want of memory" if failure["signal"] == "SIGKILL" else ""
+        return ProcessFailed(f"{who} was ended by {failure['signal']}{cause}")
+    if failure["kind"] in kinds:
+        return kinds[failure["kind"]](failure["message"])
+    return ProcessFailed(f"{who}: {failure['kind']}: {failure['message']}")
 
 
 def _when(failure: dict[str, Any]) -> float:
-    return float(failure["time"])
+    """SIGKILL comes from outside: who was lost to it is noticed after those who miss it have failed."""
+    return 0.0 if failure.get("signal") == "SIGKILL" else float(failure["time"])
 
 
 @contextmanager
@@ -156,4 +176,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    if len(sys.argv) > 3:
+        main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    else:
+        main_of_node(sys.argv[1], sys.argv[2])

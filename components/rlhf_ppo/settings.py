@@ -196,7 +196,7 @@ class CheckpointSettings(Checked):
 
 @dataclass(frozen=True)
 class NodeSettings(Checked):
-    """What training and evaluation run on; a run without a cluster reads only node_processes and node_sharding."""
+    """What training and evaluation run on; of these one machine reads node_processes, _sharding, _timeout_seconds."""
 
     node_image: str = declare(
         CPU_IMAGE, "Image of training and evaluation: the one built from images/gpu or images/gaudi on an accelerator."

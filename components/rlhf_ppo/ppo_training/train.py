@@ -22,6 +22,7 @@ from rlhf_ppo.ppo.loop import Interrupted
 from rlhf_ppo.ppo.models import decoder_start, load_critic, load_model, shared_reference
 from rlhf_ppo.ppo.rewards import Reward, load_reward, score
 from rlhf_ppo.ppo_training.keep import Keeper, Stopped
+from rlhf_ppo.ppo_training.nodes import NodeTraining
 from rlhf_ppo.ppo_training.policy_files import read_value_head
 from rlhf_ppo.ppo_training.record import Recorder
 from rlhf_ppo.preemption import Preemption
@@ -33,11 +34,15 @@ from rlhf_ppo.tracking import Tracker
 def train_on_cards(
     config: str, prompts: Path, reference: Path, policy: Path, history: Path, run_id: str
 ) -> dict[str, float]:
-    """``train_ppo`` in one process for each card, or in as many as node_processes says.
+    """``train_ppo`` in one process for each card, or in as many as node_processes says, here or in node_count pods.
 
-    Raises what train_ppo raises, and ProcessFailed where one of several processes failed in another way.
+    Raises what train_ppo raises, and ProcessFailed where one of several processes failed in another way, and with
+    node_count ClusterError.
     """
     settings = RunSettings.from_json(config)
+    if settings.node.node_count:
+        elsewhere = NodeTraining(config, run_id, prompts, reference, digests_of(prompts, reference))
+        return elsewhere.finish(elsewhere.run(), policy, history)
     device = find_device(settings.ppo.use_habana)
     processes = processes_on(device, settings.node.node_processes)
     if processes == 1:
@@ -79,10 +84,7 @@ def train_ppo(
     # 2. Models
     tokenizer = AutoTokenizer.from_pretrained(reference)
     trainer = build_trainer(settings, reference, tokenizer)
-    digests = {
-        "prompts_digest": read_json(prompts / "manifest.json").get("digest"),
-        "reference_digest": read_json(reference / "digest.json").get("digest"),
-    }
+    digests = digests_of(prompts, reference)
     main = trainer.accelerator.is_main_process
     if settings.ppo.optimize_device_cache and main:
         emit("note", step="train_ppo", message=trainer.on.cache)
@@ -110,9 +112,9 @@ def _train(
     digests: dict[str, Any],
     beside: Path,
 ) -> tuple[Keeper, PolicyWithValueHead | None]:
-    """Train to the end; SIGTERM ends it earlier, with a checkpoint and Stopped. Returns what has to be saved."""
+    """Train to the end, or to SIGTERM or node_timeout_seconds: a checkpoint and Stopped. Returns what to save."""
     try:
-        with Preemption(trainer.accelerator) as preemption:
+        with Preemption(trainer.accelerator, settings.node.node_timeout_seconds) as preemption:
             keeper = Keeper(settings, trainer, recorder, preemption, digests, beside)
             keeper.resume()
             trainer.between_updates = preemption.check
@@ -154,6 +156,14 @@ def read_prompts(path: Path) -> list[Prompt]:
         Prompt(text, torch.tensor(ids, dtype=torch.long))
         for text, ids in zip(table["prompt"].to_pylist(), table["input_ids"].to_pylist(), strict=True)
     ]
+
+
+def digests_of(prompts: Path, reference: Path) -> dict[str, Any]:
+    """What the inputs of training hold, as the steps that made them say."""
+    return {
+        "prompts_digest": read_json(prompts / "manifest.json").get("digest"),
+        "reference_digest": read_json(reference / "digest.json").get("digest"),
+    }
 
 
 def build_trainer(settings: RunSettings, reference: Path, tokenizer: Any) -> PPOTrainer:
