@@ -50,7 +50,7 @@ test-images: $(VENV)/.dev
 TORCH_TESTS = tests/test_config.py tests/test_ppo_math.py tests/test_ppo_trainer.py tests/test_ppo_beyond.py \
 	tests/test_ppo_invariance.py tests/test_trl_parity.py tests/test_distributed.py tests/test_killed_training.py \
 	tests/test_preemption.py tests/test_checkpoint.py tests/test_static_shapes.py tests/test_devices.py \
-	tests/test_launch.py tests/test_preflight.py tests/test_rewards.py \
+	tests/test_launch.py tests/test_preflight.py tests/test_sharded_training.py tests/test_rewards.py \
 	tests/test_reward_endpoint.py \
 	tests/test_training.py tests/test_reference_snapshot.py tests/test_dataset_preparation.py \
 	tests/test_policy_evaluation.py tests/test_hub_push.py
@@ -73,7 +73,7 @@ $(VENV)/.dev: $(VENV)/.local
 
 $(VENV)-4.55/.ready: pyproject.toml constraints-4.55.txt
 	$(PYTHON) -m venv $(VENV)-4.55
-	$(VENV)-4.55/bin/pip install -q -c constraints-4.55.txt -e ".[train,dev]"
+	$(VENV)-4.55/bin/pip install -q -c constraints-4.55.txt -e ".[train,cluster,dev]"
 	touch $@
 
 clean:

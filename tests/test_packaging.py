@@ -154,7 +154,7 @@ def test_the_wheel_holds_both_packages_whole_and_no_other_and_the_command_starts
 @pytest.mark.parametrize(
     ("extras", "file", "unwanted"),
     [
-        ("train", "constraints.txt", {"kfp", "kubernetes"}),
+        ("train,cluster", "constraints.txt", {"kfp"}),
         ("pipeline", "constraints.txt", {"torch", "mlflow"}),
         ("local,wandb,tensorboard,dev", "constraints.txt", {"optimum-habana"}),
         ("train,cluster", "constraints.txt", {"kfp"}),
