@@ -179,7 +179,8 @@ def test_secrets_are_referred_to_and_never_copied(cluster: KubeCluster, monkeypa
     plain = {"MLFLOW_TRACKING_URI": "http://mlflow", "MLFLOW_EXPERIMENT_NAME": "e", "PT_HPU_LAZY_MODE": "0"}
     secret = {"WANDB_API_KEY": "S3cret", "MLFLOW_PROXY": "http://me:S3cret@proxy", "HF_TOKEN": "S3cret"}
     pod = cluster.make_step_pod(env=[{"name": "HF_TOKEN", "valueFrom": reference}])
-    other = {"UNKNOWN": "x", "RLHF_PPO_EVENTS": "/here", "KUBECONFIG": str(cluster.kubeconfig)}
+    other = {"UNKNOWN": "x", "RLHF_PPO_EVENTS": "/here", "HABANA_VISIBLE_DEVICES": "all"}
+    other |= {"KUBECONFIG": str(cluster.kubeconfig)}
     for name in [name for name in os.environ if kube.FORWARDED.fullmatch(name)]:
         monkeypatch.delenv(name)
     for name, value in {**plain, **secret, **other, **pod}.items():

@@ -21,8 +21,8 @@ ANSWER = (10, 60)
 ROLE = "manifests/base/train-job-role.yaml"
 FORWARDED = re.compile(r"(MLFLOW|RLHF_PPO|WANDB|HF|PT_HPU|HABANA|HCCL|NCCL|GLOO|FI)_\w+")
 """Variables of a step that its training pods get as well."""
-LOCAL = {"RLHF_PPO_EVENTS", "RLHF_PPO_SPOOL", "HF_HOME"}
-"""Of these the ones that name places in the step's own pod."""
+LOCAL = {"RLHF_PPO_EVENTS", "RLHF_PPO_SPOOL", "HF_HOME", "HABANA_VISIBLE_DEVICES", "HABANA_VISIBLE_MODULES"}
+"""Of these the ones that name places in the step's own pod, or cards: which a pod sees its device plugin says."""
 CREDENTIAL = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIAL")
 CREDENTIAL_INSIDE = re.compile(r"://[^/@\s]+@")
 
