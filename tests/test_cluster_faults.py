@@ -18,7 +18,7 @@ import yaml
 from rlhf_ppo import cluster as kube
 from rlhf_ppo.cluster import Cluster, ClusterError
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.settings import NodeSettings
+from rlhf_ppo.node_settings import NodeSettings
 from rlhf_ppo.train_job import TrainJobs, Work, job_name, manifest
 
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/here/trainjobs"

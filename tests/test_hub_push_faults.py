@@ -13,7 +13,7 @@ import pytest
 
 from hub_server import CUT, HALF, Fault, Hub
 from rlhf_ppo.parameters import decode
-from test_hub_push import WRITE, outputs  # noqa: F401
+from test_hub_push import WRITE, outputs
 
 # One process for all cases: to start one takes longer than a push. It pushes for each line with a run's name.
 PUSHES = """
@@ -69,7 +69,7 @@ class Pusher:
 
 
 @pytest.fixture
-def pusher(outputs: Path) -> Iterator[Pusher]:  # noqa: F811
+def pusher(outputs: Path) -> Iterator[Pusher]:
     hub = Hub({WRITE: ("me", "write")})
     found = Pusher(hub, outputs)
     yield found

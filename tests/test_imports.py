@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 STEPS = ROOT / "components" / "rlhf_ppo"
 PIPELINES = ROOT / "pipelines" / "rlhf_pipelines"
 
-CORE = {"config", "parameters", "fields", "settings", "errors", "events", "steps", "descriptions", "images", "volume"}
+CORE = {
+    "config", "parameters", "fields", "settings", "node_settings", "errors", "events", "steps", "descriptions",
+    "images", "volume",
+}  # fmt: skip
 """Stdlib only: imported by everything, also where neither torch nor kfp is installed."""
 
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "safetensors"}

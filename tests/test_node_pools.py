@@ -15,8 +15,8 @@ from rlhf_pipelines.compile import COMPILED, packaged
 from rlhf_ppo.config_validation import validate
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.images import CPU_IMAGE
+from rlhf_ppo.node_settings import NodeSettings
 from rlhf_ppo.parameters import decode
-from rlhf_ppo.settings import NodeSettings
 
 OVERLAYS = Path(__file__).parent.parent / "manifests" / "overlays"
 NEEDED = ["model_name=org/model", "query_dataset=org/data", "reward_model=my_reward:score"]

@@ -16,7 +16,7 @@ import training_worker as worker
 from kube_cluster import KubeCluster, Kubelet, find_cluster
 from rlhf_ppo import cluster as kube
 from rlhf_ppo.cluster import Cluster, ClusterError
-from rlhf_ppo.settings import NodeSettings
+from rlhf_ppo.node_settings import NodeSettings
 from rlhf_ppo.train_job import TrainJobs, Work, job_name, manifest
 from train_job_controller import MACHINE, Controller
 

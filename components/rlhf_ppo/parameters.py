@@ -16,6 +16,7 @@ from typing import Any
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.fields import Parameter, parameters_of
+from rlhf_ppo.node_settings import NodeSettings
 from rlhf_ppo.settings import (
     AlgorithmSettings,
     CheckpointSettings,
@@ -24,7 +25,6 @@ from rlhf_ppo.settings import (
     GateSettings,
     HubSettings,
     ModelSettings,
-    NodeSettings,
     RewardSettings,
     RolloutSettings,
     TrackingSettings,

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_ppo import cluster as kube
 from rlhf_ppo.cluster import Cluster, ClusterError
-from rlhf_ppo.settings import NodeSettings
+from rlhf_ppo.node_settings import NodeSettings
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 NODE = "node"

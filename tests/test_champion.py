@@ -1,0 +1,119 @@
+"""The published model, which the policy is compared with: from a hub on localhost, by the real huggingface_hub."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+
+from hub_server import CUT, Fault, Hub, Repository
+from rlhf_ppo.parameters import decode
+from test_policy_evaluation import EACH, PROMPTS, events, inputs, strictly, told
+from tiny_models import llama, word_tokenizer
+
+EVALUATE = """
+import sys
+from pathlib import Path
+from rlhf_ppo.policy_evaluation.evaluate import evaluate_policy
+place, out = Path(sys.argv[2]), Path(sys.argv[3])
+evaluate_policy(sys.argv[1], place / "prompts", place / "reference", place / "policy", place / "history",
+                out / "evaluation", out / "report", "run-1")
+"""
+TOKEN = "hf_the_writing_token"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub({TOKEN: ("me", "write")})
+    yield server
+    server.close()
+
+
+def publish(hub: Hub, directory: Path) -> str:
+    """Put the files of ``directory`` into the repository me/film; returns the commit."""
+    hub.repositories["me/film"] = Repository(private=True)
+    files = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    return hub.repositories["me/film"].commit("published", files)
+
+
+def evaluate_with(hub: Hub, inputs: Path, out: Path, token: str = TOKEN, **parameters: Any) -> dict[str, Any]:
+    """Evaluate in a process of its own: huggingface_hub reads its endpoint when it is imported."""
+    given = {
+        "model_name": "org/base", "query_dataset": "prompts.jsonl", "reward_model": "test_policy_evaluation:word_count",
+        "rollout_max_new_tokens": 8, "eval_max_prompts": PROMPTS, "eval_samples_per_prompt": EACH,
+        "gate_min_prompts": 2, "hub_repo_id": "me/film", "mlflow_tracking_uri": f"sqlite:///{out}/mlflow.db",
+        **parameters,
+    }  # fmt: skip
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(out / "hf"), "HF_TOKEN": token,
+        "PYTHONPATH": os.pathsep.join(sys.path), "RLHF_PPO_RETRY_PAUSE": "0.01",
+    }  # fmt: skip
+    command = [sys.executable, "-c", EVALUATE, decode(given).to_json(), str(inputs), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = strictly(out / "evaluation" / "evaluation.json")
+    return found
+
+
+def test_the_policy_is_compared_with_what_is_published_on_the_same_prompts_and_seeds(
+    hub: Hub, inputs: Path, tmp_path: Path
+) -> None:
+    commit = publish(hub, inputs / "policy")
+    found = evaluate_with(hub, inputs, tmp_path)
+    champion = found["champion"]
+    # The published model is the policy itself: the same responses, no gain, no win.
+    assert (champion["repo_id"], champion["revision"]) == ("me/film", commit)
+    assert champion["score"] == found["metrics"]["score"]["policy"]
+    assert champion["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0} and champion["win_rate"]["mean"] == 0.5
+    rows = parquet.read_table(tmp_path / "evaluation" / "samples.parquet").to_pylist()
+    assert [row["champion"] for row in rows] == [row["policy"] for row in rows]
+    assert not found["verdict"]["passed"]
+    (reason,) = [text for text in found["verdict"]["reasons"] if "gate_min_champion_gain=0" in text]
+    assert reason.startswith("held: score gain 0 [0, 0] over the published model")
+    assert "me/film as published" in (tmp_path / "report").read_text()
+
+
+def test_a_published_model_with_other_tokens_reads_the_same_texts(hub: Hub, inputs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    llama(seed=7).save_pretrained(other)
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["one-more"])
+    tokenizer.save_pretrained(other)
+    publish(hub, other)
+    rows_of = {}
+    for name in ("other", "policy"):
+        out = tmp_path / f"out-{name}"
+        out.mkdir()
+        publish(hub, other if name == "other" else inputs / "policy")
+        evaluate_with(hub, inputs, out)
+        rows = parquet.read_table(out / "evaluation" / "samples.parquet").to_pylist()
+        rows_of[name] = [row["champion"] for row in rows]
+    # The words that both know have the same tokens, so that both say the same.
+    assert rows_of["other"] == rows_of["policy"]
+
+
+@pytest.mark.parametrize("case", ["no repository", "no weights", "no rights"])
+def test_where_no_model_is_published_nothing_is_compared_with(
+    hub: Hub, inputs: Path, tmp_path: Path, events: Path, case: str
+) -> None:
+    if case != "no repository":
+        publish(hub, inputs / "policy")
+    if case == "no weights":
+        del hub.repositories["me/film"].commits[-1][2]["model.safetensors"]
+    found = evaluate_with(hub, inputs, tmp_path, token="" if case == "no rights" else TOKEN)
+    assert "champion" not in found
+    assert told(events, "note")[-1]["message"] == "no model is published as me/film (main) so far"
+
+
+def test_a_hub_that_fails_for_a_moment_is_asked_again(hub: Hub, inputs: Path, tmp_path: Path) -> None:
+    commit = publish(hub, inputs / "policy")
+    hub.faults = [Fault("GET", "/api/models/me/film/revision", 503, times=2), Fault("GET", "/api/models", CUT)]
+    assert evaluate_with(hub, inputs, tmp_path)["champion"]["revision"] == commit
+    assert not any(fault.times for fault in hub.faults)
