@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from rlhf_ppo.artifacts import digest_of
 from rlhf_ppo.checkpoint import MANIFEST, CheckpointStore, DamagedCheckpoint
+from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.fields import parameters_of
 from rlhf_ppo.parameters import GROUPS, RunSettings, encode
@@ -60,10 +61,12 @@ class Keeper:
     def resume(self) -> None:
         """Take up the latest whole checkpoint, if there is one. Raises InputError for one of another training."""
         accelerator = self.trainer.accelerator
-        found = [self.store.latest() if accelerator.is_main_process else None]
+        found: list[str | InputError | None] = [self._latest() if accelerator.is_main_process else None]
         if accelerator.num_processes > 1:
             broadcast_object_list(found)
         name = found[0]
+        if isinstance(name, InputError):
+            raise name
         if name is None:
             return
         state = self.store.read(name)
@@ -73,6 +76,13 @@ class Keeper:
         self.resumed_at = self.trainer.steps_done
         if accelerator.is_main_process:
             emit("resumed", step="train_ppo", done=self.resumed_at, checkpoint=str(self.store.directory / name))
+
+    def _latest(self) -> str | InputError | None:
+        """The latest checkpoint, or why it can't be taken: all processes must hear of it, or they would wait."""
+        try:
+            return self.store.latest()
+        except InputError as error:
+            return error
 
     def before_step(self, step: int) -> None:
         """Between two PPO steps: stop if that was asked for, or write a checkpoint if it is time."""
