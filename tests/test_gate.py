@@ -65,7 +65,7 @@ def test_a_good_policy_passes_and_every_check_is_told_with_its_parameter() -> No
     assert verdict.passed
     told = " ".join(verdict.reasons)
     for parameter in (
-        "gate_min_prompts=50", "gate_min_score=-1e+09", "gate_min_score_gain=0", "gate_min_win_rate=0.5",
+        "gate_min_prompts=50", "gate_min_score_gain=0", "gate_min_win_rate=0.5",
         "gate_max_kl=25", "gate_min_distinct2=0.7", "gate_max_repetition=0.5",
     ):  # fmt: skip
         assert told.count(parameter) == 1
@@ -81,7 +81,6 @@ def test_a_reason_says_what_was_found_and_what_it_is_not() -> None:
     [
         ("prompts", 50, 49, "gate_min_prompts"),
         ("metrics.score.gain.low", 1e-9, 0.0, "gate_min_score_gain"),
-        ("metrics.score.policy.low", -1e9, -1.1e9, "gate_min_score="),
         ("win_rate.low", 0.501, 0.5, "gate_min_win_rate"),
         ("metrics.repetition.policy.mean", 0.5, 0.501, "gate_max_repetition"),
         ("kl.high", 24.999, 25.0, "gate_max_kl"),
@@ -93,6 +92,14 @@ def test_each_limit_holds_where_its_help_says(figure: str, last_good: float, fir
     assert held(found(figure, last_good)) == []
     (reason,) = held(found(figure, first_bad))
     assert parameter in reason
+
+
+def test_a_floor_of_the_score_is_asked_for_only_where_one_is_set() -> None:
+    assert "gate_min_score=" not in " ".join(decide(found(), GateSettings()).reasons)
+    assert held(found(), gate_min_score=0.9) == []
+    assert held(found(), gate_min_score=0.91) == [
+        "held: score 1 [0.9, 1.1]: the lower end is not at least gate_min_score=0.91"
+    ]
 
 
 def test_limits_are_the_settings() -> None:

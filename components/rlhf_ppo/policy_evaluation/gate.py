@@ -12,6 +12,8 @@ from typing import Any
 from rlhf_ppo.settings import GateSettings
 
 MOST_EMPTY = 0.5
+NO_FLOOR = -1e9
+"""The value of a floor that asks for nothing, and of which nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,6 @@ def decide(evaluation: dict[str, Any], settings: GateSettings) -> Verdict:
             prompts >= settings.gate_min_prompts,
             f"{prompts} held-out prompts: that",
             f"at least gate_min_prompts={settings.gate_min_prompts}",
-        ),
-        (
-            score["policy"]["low"] >= settings.gate_min_score,
-            f"score {shown(score['policy'])}: the lower end",
-            f"at least gate_min_score={settings.gate_min_score:g}",
         ),
         (
             gain["low"] > settings.gate_min_score_gain,
@@ -73,8 +70,12 @@ def decide(evaluation: dict[str, Any], settings: GateSettings) -> Verdict:
         gained, needed = champion["gain"], settings.gate_min_champion_gain
         said = f"score gain {shown(gained)} over the published model: the lower end"
         checks.append((gained["low"] > needed, said, f"above gate_min_champion_gain={needed:g}"))
+    if settings.gate_min_score > NO_FLOOR:
+        floor = f"at least gate_min_score={settings.gate_min_score:g}"
+        said = f"score {shown(score['policy'])}: the lower end"
+        checks.append((score["policy"]["low"] >= settings.gate_min_score, said, floor))
     judge = evaluation.get("judge")
-    if judge:
+    if judge and settings.gate_min_judge_gain > NO_FLOOR:
         gained, needed = judge["gain"], settings.gate_min_judge_gain
         said = f"score gain {shown(gained)} by the judge {judge['name']}: the lower end"
         checks.append((gained["low"] > needed, said, f"above gate_min_judge_gain={needed:g}"))
