@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import ssl
 import subprocess
@@ -167,8 +166,3 @@ class Kubelet:
         self.server.shutdown()
         self.server.server_close()
         self.cluster.core.delete_node(self.name)
-
-
-def status(code: int, message: str, reason: str = "") -> bytes:
-    """An error as an API server writes it."""
-    return json.dumps({"kind": "Status", "code": code, "reason": reason, "message": message}).encode()

@@ -173,6 +173,10 @@ def test_a_name_that_kubernetes_would_refuse_is_refused_here(wrong: dict[str, st
         ({"node_accelerator": "nvidia.com/gpu"}, "node_accelerator_count=0"),
         ({"node_accelerator_count": 2}, "node_accelerator=''"),
         ({"node_accelerator": "nvidia.com/mig-1g.10gb", "node_accelerator_count": 2}, "set 1"),
+        (
+            {"node_accelerator": "nvidia.com/gpu", "node_accelerator_count": 2, "node_processes": 4},
+            "node_processes=4 exceeds node_accelerator_count=2",
+        ),
         ({"node_cpu": "eight"}, "node_cpu='eight'"),
         ({"node_memory": ""}, "node_memory=''"),
         ({"node_memory": "64 GB"}, "node_memory='64 GB'"),

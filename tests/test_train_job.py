@@ -192,10 +192,10 @@ def test_secrets_are_referred_to_and_never_copied(cluster: KubeCluster, monkeypa
     assert left_out == ["MLFLOW_PROXY", "WANDB_API_KEY"]
 
 
-def allowed(cluster: Cluster, pod: Any) -> set[tuple[str, str]]:
-    """The rights, of all that the step makes use of, with which it gets what it asks for."""
+def requests(cluster: Cluster, pod: Any) -> dict[tuple[str, str], Callable[[], Any]]:
+    """All that the step asks of a cluster, by the right that it needs for it; each returns something if it gets it."""
     jobs = TrainJobs(cluster, "rights")
-    asked: dict[tuple[str, str], Callable[[], Any]] = {
+    return {
         ("trainjobs", "create"): lambda: jobs._create(lambda: manifest("rights", NodeSettings(node_count=2), WORK)),
         ("trainjobs", "list"): lambda: jobs.find(),
         ("trainjobs", "watch"): lambda: [*jobs._watch(""), True],
@@ -205,6 +205,10 @@ def allowed(cluster: Cluster, pod: Any) -> set[tuple[str, str]]:
         ("pods", "list"): lambda: jobs.pods(),
         ("pods/log", "get"): lambda: "bind the Role" not in jobs.last_lines(pod),
     }
+
+
+def allowed(asked: dict[tuple[str, str], Callable[[], Any]]) -> set[tuple[str, str]]:
+    """The rights of those requests that are not refused."""
     found = set()
     for right, ask in asked.items():
         try:
@@ -222,16 +226,16 @@ def test_every_right_of_the_shipped_role_is_needed_and_no_other(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("rlhf_ppo.train_job.WATCH", 1)
     labels = {"jobset.sigs.k8s.io/jobset-name": "rights"}
-    step = Cluster.find()
-    pod = cluster.make_pod("rights-node-0-0", labels)
+    asked = requests(Cluster.find(), cluster.make_pod("rights-node-0-0", labels))
     granted = {(r, verb) for rule in cluster.rules for r in rule["resources"] for verb in rule["verbs"]}
+    assert granted == set(asked)
     admin = TrainJobs(Cluster(cluster.admin, cluster.namespace), "rights")
     try:
         for taken in [None, *sorted(granted)]:
             cluster.allow(without(cluster.rules, taken))
             if taken == ("trainjobs", "create"):
                 admin._create(lambda: manifest("rights", NodeSettings(node_count=2), WORK))
-            assert allowed(step, pod) == granted - {taken}
+            assert allowed(asked) == granted - {taken}
             cluster.remove_finalizers("rights")
             admin.delete()
             cluster.remove_finalizers("rights")

@@ -76,6 +76,11 @@ class NodeSettings(Checked):
                 f"node_accelerator={self.node_accelerator!r} and node_accelerator_count={self.node_accelerator_count}: "
                 "name a resource and give how many, or neither"
             )
+        if self.node_processes > self.node_accelerator_count > 0:
+            found.append(
+                f"node_processes={self.node_processes} exceeds node_accelerator_count={self.node_accelerator_count}: a "
+                "process has a card of its own; set as many cards, or 0 for one process on each"
+            )
         if self.node_accelerator.startswith("nvidia.com/mig-") and self.node_accelerator_count > 1:
             found.append(
                 f"node_accelerator_count={self.node_accelerator_count} of {self.node_accelerator}: parts of a GPU "
