@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -147,14 +148,20 @@ def test_a_compiled_update_is_never_compiled_again(architecture: Callable[[int],
 
 
 @pytest.mark.parametrize("architecture", [llama, gpt2, gemma2, t5])
-def test_compiled_scoring_is_never_compiled_again(architecture: Callable[[int], nn.Module]) -> None:
+def test_scoring_is_compiled_once_also_for_the_last_batch(
+    architecture: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
+    monkeypatch.setattr(rollout, "SCORING_TOKENS", 70)  # three batches of three, the last of which is filled up
     plain, compiled = trainer(architecture), trainer(architecture)
     compiled.scorer = torch.compile(compiled.scorer, backend="eager", dynamic=False)
     rollouts = [ragged(plain, number)[0] for number in range(3)]
-    found = [compiled._reference_rows(rollouts[0], full=False)["ref"]]
+    of_one_batch = dataclasses.replace(
+        rollouts[0], queries=rollouts[0].queries[:3], responses=rollouts[0].responses[:3]
+    )
+    compiled._reference_rows(of_one_batch, full=False)
     with torch.compiler.set_stance("fail_on_recompile"):
-        found += [compiled._reference_rows(sampled, full=False)["ref"] for sampled in rollouts[1:]]
+        found = [compiled._reference_rows(sampled, full=False)["ref"] for sampled in rollouts]
     plain.scorer = None
     for rows, sampled in zip(found, rollouts, strict=True):
         torch.testing.assert_close(rows, plain._reference_rows(sampled, full=False)["ref"], atol=1e-5, rtol=1e-5)
