@@ -38,6 +38,7 @@ class Repository:
 
     private: bool
     branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": []})
+    tags: dict[str, str] = field(default_factory=dict)
 
     @property
     def commits(self) -> list[Commit]:
@@ -51,6 +52,7 @@ class Repository:
 
     def until(self, revision: str) -> list[Commit]:
         """The commits up to the one that a branch or a commit names."""
+        revision = self.tags.get(revision, revision)
         for name, commits in self.branches.items():
             for number, commit in enumerate(commits, 1):
                 if revision == commit[0] or (revision == name and number == len(commits)):
@@ -175,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         if batch := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self._repository(batch[1], write=True)
             return self._lfs(json.loads(body)), {"Content-Type": "application/vnd.git-lfs+json"}
-        if api := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]*)/([^/]+).*)?", path):
+        if api := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+).*)?)?", path):
             write = self.command == "POST" and api[2] != "paths-info"
             return self._api(self._repository(api[1], write), api[1], api[2] or "revision", api[3] or "main", body)
         if file := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -210,8 +212,20 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refused(409, "Reference already exists")
             repository.branches[revision] = list(repository.commits)
             return {}
+        if what == "refs":
+            heads = {name: commits[-1][0] for name, commits in repository.branches.items()}
+            return {
+                kind: [{"name": n, "ref": f"refs/{place}/{n}", "targetCommit": c} for n, c in found.items()]
+                for kind, place, found in (("branches", "heads", heads), ("tags", "tags", repository.tags))
+            } | {"converts": []}
         commits = repository.until(revision)
         commit, _, files = commits[-1]
+        if what == "tag":
+            name_of_tag = json.loads(body)["tag"]
+            if name_of_tag in repository.tags:
+                raise Refused(409, "Tag reference exists already")
+            repository.tags[name_of_tag] = commit
+            return {}
         if what == "revision":
             siblings = [{"rfilename": file} for file in sorted(files)]
             return {"id": name, "modelId": name, "sha": commit, "private": repository.private, "siblings": siblings,
@@ -222,10 +236,10 @@ class _Handler(BaseHTTPRequestHandler):
                 for id_, title, _ in reversed(commits)
             ]
         if what == "tree":
-            return [
-                {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for file, data in sorted(files.items())
-            ]
+            return [_entry(file, data) for file, data in sorted(files.items())]
+        if what == "paths-info":
+            asked = json.loads(body)["paths"]
+            return [_entry(file, files[file]) for file in asked if file in files]
         if what == "preupload":
             asked = json.loads(body)["files"]
             return {"files": [
@@ -261,3 +275,11 @@ class _Handler(BaseHTTPRequestHandler):
         data = files[name]
         etag = hashlib.sha256(data).hexdigest()
         return data, {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Content-Type": "application/octet-stream"}
+
+
+def _entry(name: str, data: bytes) -> dict[str, Any]:
+    """A file in a listing; of one in LFS also what it holds, by its SHA-256."""
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    if name.endswith(WEIGHTS):
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return entry

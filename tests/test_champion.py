@@ -23,7 +23,7 @@ from pathlib import Path
 from rlhf_ppo.policy_evaluation.evaluate import evaluate_policy
 place, out = Path(sys.argv[2]), Path(sys.argv[3])
 evaluate_policy(sys.argv[1], place / "prompts", place / "reference", place / "policy", place / "history",
-                out / "evaluation", out / "report", "run-1")
+                out / "evaluation", out / "report", "run-1", "s3://store/policy")
 """
 TOKEN = "hf_the_writing_token"
 

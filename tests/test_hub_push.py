@@ -26,7 +26,7 @@ from pathlib import Path
 from rlhf_ppo.steps import running_step
 from rlhf_ppo.hub_push.push import push_to_hub
 with running_step("push_to_hub"):
-    print("REVISION", push_to_hub(sys.argv[1], Path("policy"), Path("evaluation"), sys.argv[2]))
+    print("REVISION", push_to_hub(sys.argv[1], Path("policy"), Path("evaluation"), sys.argv[2], "s3://store/policy"))
 """
 
 
@@ -35,6 +35,15 @@ def hub() -> Iterator[Hub]:
     server = Hub({WRITE: ("me", "write"), READ: ("me", "read")})
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One MLflow store for all pushes: to make one takes longer than a push."""
+    with pytest.MonkeyPatch.context() as patch:
+        store = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+        patch.setenv("MLFLOW_TRACKING_URI", store)
+        yield store
 
 
 @pytest.fixture
@@ -57,6 +66,7 @@ def outputs(tmp_path: Path) -> Path:
         "metrics": {"score": found, "response_length": found},
         "kl": {"mean": 3.0},
         "distinct2_ratio": 0.97,
+        "win_rate": {"mean": 0.8, "low": 0.7, "high": 0.9},
         "lineage": {"model": "org/base", "model revision": "c0ffee", "prompts digest": "abc", "best PPO step": 0},
     }
     (tmp_path / "evaluation").mkdir()
@@ -86,7 +96,9 @@ def compared_with(outputs: Path, champion: str) -> None:
     """Let the evaluation have compared the policy with what a commit published."""
     path = outputs / "evaluation" / "evaluation.json"
     results = json.loads(path.read_text())
-    path.write_text(json.dumps({**results, "champion": {"repo_id": "me/film", "revision": champion}}))
+    gain = {"mean": 0.25, "low": 0.125, "high": 0.375}
+    against = {"repo_id": "me/film", "revision": champion, "gain": gain}
+    path.write_text(json.dumps({**results, "champion": against}))
 
 
 def revision(done: subprocess.CompletedProcess[str]) -> str:
@@ -125,6 +137,7 @@ def test_only_the_model_its_tokenizer_and_a_card_with_results_are_pushed(hub: Hu
     assert card.data.get("base_model") == "org/base"
     assert {result.metric_type: result.metric_value for result in card.data.get("eval_results") or []} == {
         "score": 0.5,
+        "win_rate": 0.8,
         "kl": 3.0,
     }
     assert "| score | -0.250 | 0.500 | 0.750 [0.400, 1.125] |" in card.text
@@ -161,6 +174,7 @@ def test_a_model_that_is_not_from_the_hub_is_no_base_model_of_the_card() -> None
         "metrics": {"score": found, "response_length": found},
         "kl": {"mean": 0.0},
         "distinct2_ratio": 1.0,
+        "win_rate": found["policy"] | {"low": 0.5, "high": 0.5},
         "lineage": {"model": "models/base", "model revision": None},
     }
     assert "base_model" not in model_card(settings, results, "me/film")

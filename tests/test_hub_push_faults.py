@@ -22,10 +22,13 @@ from pathlib import Path
 # The client waits a second before it asks again.
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(seconds / 100)
-from rlhf_ppo.hub_push.push import push_to_hub
+from rlhf_ppo.hub_push.push import publish
+from rlhf_ppo.parameters import RunSettings
+settings = RunSettings.from_json(sys.argv[1])
 for line in sys.stdin:
     try:
-        print("REVISION", push_to_hub(sys.argv[1], Path("policy"), Path("evaluation"), line.strip()), flush=True)
+        found = publish(settings, Path("policy"), Path("evaluation"), line.strip(), {"MLflow run": "m1"})
+        print("REVISION", found[1], flush=True)
     except Exception as error:
         print("REVISION", f"{type(error).__name__}: {error}".splitlines()[0], flush=True)
 """
@@ -93,7 +96,8 @@ def test_whatever_fails_once_there_is_one_whole_commit_and_its_revision_is_the_a
             commits = hub.repositories["me/film"].commits if "me/film" in hub.repositories else []
             whole = bool(commits) and commits[-1][2] == expected
             ours = [commit for commit in commits if commit[1].endswith("(pipeline run run-1)")]
-            if hub.fault_at or len(ours) != 1 or not whole or answer != ours[0][0]:
+            tags = hub.repositories["me/film"].tags if commits else {}
+            if hub.fault_at or len(ours) != 1 or not whole or answer != ours[0][0] or tags != {"run-run-1": answer}:
                 wrong.append((request, status, "after" if takes_effect else "before", answer, len(ours), whole))
     print(f"{len(requests) * len(cases)} cases")
     assert wrong == [], "\n".join(map(str, wrong))

@@ -265,6 +265,7 @@ def evaluate(inputs: Path, out: Path, policy: str = "policy", prompts: str = "pr
         out / "evaluation",
         out / "report",
         "run-1",
+        "/steps/policy",
     )
 
 

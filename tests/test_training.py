@@ -148,7 +148,7 @@ def test_encoder_decoders_go_through_all_steps(inputs: Path) -> None:
     metrics = run(inputs, eval_max_prompts=8)
     figures = evaluate_policy(
         config(eval_max_prompts=8), inputs / "prompts", inputs / "reference", inputs / "policy", inputs / "history",
-        inputs / "evaluation", inputs / "report", "run-1",
+        inputs / "evaluation", inputs / "report", "run-1", "/steps/policy",
     )  # fmt: skip
     assert metrics["ppo_steps"] == 3.0 and figures["kl3"] > 0
     policy = AutoModelForSeq2SeqLM.from_pretrained(inputs / "policy")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ppo.events import emit
+from rlhf_ppo.registry import CHAMPION, challenge, crown, registered, source_of
 
 REFUSED = {
     "INVALID_PARAMETER_VALUE",
@@ -99,6 +100,11 @@ class Delivery:
         self._client: Any = None
         self._run = self._parent = ""
         self._destination: Destination | None = None
+
+    @property
+    def pipeline_run(self) -> str:
+        """The run that stands for the pipeline run, or the injected one; empty while none is known."""
+        return self._parent or self._run
 
     def unsent(self) -> bool:
         """Whether anything is left."""
@@ -250,8 +256,20 @@ class Delivery:
             used = Dataset(call["name"], call["digest"], source_type, json.dumps({"uri": call["source"]}))
             context = InputTag("mlflow.data.context", call["context"])
             self._client.log_inputs(self._run, datasets=[DatasetInput(used, tags=[context])])
+        elif kind == "model":
+            self._register(call)
         elif kind == "end" and not (self._destination and self._destination.injected_run):
             self._client.set_terminated(self._run, call["status"], call["time"])
+
+    def _register(self, call: dict[str, Any]) -> None:
+        assert self._destination is not None
+        to, name = self._destination, call["name"]
+        source = source_of(call["source"], to.uri)
+        version = registered(self._client, name, to.pipeline_run, source, self.pipeline_run, call["tags"])
+        if call["alias"] == CHAMPION:
+            crown(self._client, name, version, call["time"])
+        else:
+            challenge(self._client, name, version)
 
 
 def _call(line: bytes) -> dict[str, Any] | None:

@@ -17,12 +17,12 @@ WEIGHTS = ".safetensors"
 Result = TypeVar("Result")
 
 
-def write_token(repo_id: str) -> str:
+def write_token(repo_id: str, parameter: str = "hub_repo_id") -> str:
     """The token that the environment has for a push. Raises InputError where there is none, or it can't be one."""
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
         raise InputError(
-            f"hub_repo_id={repo_id!r} needs a token that may write there: set HF_TOKEN, on a cluster through the key "
+            f"{parameter}={repo_id!r} needs a token that may write there: set HF_TOKEN, on a cluster through the key "
             "HF_TOKEN of the secret hf-token"
         )
     # The client would repeat the token in its complaint.
@@ -40,10 +40,15 @@ def weights_of(api: Any, repo_id: str, revision: str) -> dict[str, str]:
     }
 
 
-def tried(call: Callable[[], Result], repo_id: str) -> Result:
+class HubUnreachable(RuntimeError):
+    """The hub does not answer, or not with sense."""
+
+
+def tried(call: Callable[[], Result], repo_id: str, parameter: str = "hub_repo_id") -> Result:
     """The result of ``call``, tried again with growing pauses where the hub may yet answer.
 
-    Raises InputError with the remedy where it never will.
+    Raises InputError with the remedy where it never will; it names ``parameter``, which gave ``repo_id``. Raises
+    HubUnreachable where it still doesn't.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -53,18 +58,20 @@ def tried(call: Callable[[], Result], repo_id: str) -> Result:
         try:
             return _called(call)
         except HFValidationError as error:
-            raise InputError(f"hub_repo_id={repo_id!r} can't be a repository: {error}") from None
+            raise InputError(f"{parameter}={repo_id!r} can't be a repository: {error}") from None
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else 0
             if status in (401, 403, 404):
-                raise InputError(_remedy(status, repo_id)) from None
-            if status not in TRANSIENT or last:
+                raise InputError(f"{parameter}={repo_id!r}: {_remedy(status)}") from None
+            if status not in TRANSIENT:
                 raise
+            if last:
+                raise _unreachable(error, parameter, repo_id) from error
             wish = error.response.headers.get("Retry-After")
-        except _broken_connection():
+        except _broken_connection() as error:
             # Whether the hub did what it was asked is seen at the next try.
             if last:
-                raise
+                raise _unreachable(error, parameter, repo_id) from error
         time.sleep(_pause(number, wish))
     raise AssertionError("unreachable")
 
@@ -97,10 +104,20 @@ def _pause(number: int, wish: str | None) -> float:
     return min(max(pause, float(wish)) if wish and wish.isdigit() else pause, LONGEST_PAUSE)
 
 
-def _remedy(status: int, repo_id: str) -> str:
+def _unreachable(error: Exception, parameter: str, repo_id: str) -> HubUnreachable:
+    from huggingface_hub import constants
+
+    said = (str(error).splitlines() or [""])[0]
+    return HubUnreachable(
+        f"{parameter}={repo_id!r}: the hub at {constants.ENDPOINT} did not answer in {TRIES} tries "
+        f"({type(error).__name__}: {said}); nothing is half done, start again when it does"
+    )
+
+
+def _remedy(status: int) -> str:
     said = {
         401: "the hub does not know the token in HF_TOKEN: make a new one",
         403: "the token in HF_TOKEN may not write there: give it write access to the repository's owner",
-        404: "the hub knows no such owner or repository, or the token in HF_TOKEN may not see it",
+        404: "the hub knows no such owner, repository or branch, or the token in HF_TOKEN may not see it",
     }
-    return f"hub_repo_id={repo_id!r}: {said[status]} (HTTP {status})"
+    return f"{said[status]} (HTTP {status})"

@@ -88,6 +88,8 @@ class RunSettings:
                 f"ppo_shared_layers={self.algorithm.ppo_shared_layers} has no effect with model_lora_r="
                 f"{self.model.model_lora_r}, whose reference is the policy without its adapters: set one of them to 0"
             )
+        if self.hub.hub_adapter and not self.model.model_lora_r:
+            found.append("hub_adapter=True needs an adapter: set model_lora_r, e.g. to 16, or hub_adapter=False")
         if self.ppo.pad_for_acceleration:
             found += self._padding_problems()
         return found + self._node_problems()
@@ -131,6 +133,11 @@ class RunSettings:
     def repo_id(self) -> str:
         """The repository to push to, or an empty text."""
         return self.hub.hub_repo_id or self.ppo.push_to_hub_if_best_kwargs.get("repo_id", "")
+
+    @property
+    def registered_model(self) -> str:
+        """The model in MLflow's registry; empty where nothing is registered."""
+        return self.tracking.mlflow_registered_model or self.repo_id.replace("/", "--")
 
     def to_json(self) -> str:
         """The run's settings as one JSON object, in KFP's encoding."""

@@ -256,6 +256,9 @@ class HubSettings(Checked):
 
     hub_repo_id: str = declare("", "Repository on the hub, e.g. me/my-model; empty pushes nothing.")
     hub_private: bool = declare(True, "Create the repository as private.")
+    hub_adapter: bool = declare(
+        False, "With model_lora_r: push the adapter alone, to be used on top of model_name; false merges it in."
+    )
 
 
 @dataclass(frozen=True)
@@ -265,3 +268,16 @@ class TrackingSettings(Checked):
     mlflow_tracking_uri: str = declare(
         "", "MLflow server or store; empty takes MLFLOW_TRACKING_URI, and locally mlflow.db beside the run."
     )
+    mlflow_registered_model: str = declare(
+        "",
+        "Name in MLflow's model registry; empty takes hub_repo_id with -- for /, and without one registers nothing. "
+        "What passes the gate becomes the model's challenger, what is pushed its champion, and the one before it "
+        "previous.",
+    )
+
+    def relations(self) -> list[str]:
+        """The problems of a name."""
+        name = self.mlflow_registered_model
+        if not re.search(r"[/:'\\\n]", name):
+            return []
+        return [f"mlflow_registered_model={name!r} is no name of a model: leave out '/', ':', quotes and backslashes"]

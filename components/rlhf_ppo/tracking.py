@@ -149,6 +149,20 @@ class Tracker:
         """Record that the run used a data set."""
         self._write("dataset", name=name, digest=digest[:36], source=source[:65535], context=context)
 
+    def log_model(self, name: str, uri: str, tags: Mapping[str, str], alias: str) -> None:
+        """Register the run's policy, which lies at ``uri``, as a version of the model ``name``; ``alias`` is
+        "challenger" or "champion".
+        """
+        now = int(time.time() * 1000)
+        self._write("model", name=name, source=uri, tags=dict(tags), alias=alias, time=now)
+
+    def pipeline_run(self) -> str:
+        """The id of the MLflow run that stands for the pipeline run; waits a little, and is empty without one."""
+        deadline = time.monotonic() + DEADLINE
+        while not (found := self._delivery.pipeline_run) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
     def finish(self, status: str = "FINISHED") -> None:
         """End the run and wait a little for what is not yet delivered; the rest stays in the spool."""
         if self._done:

@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-ppo run | fields | compile``."""
+"""The command line: ``rlhf-ppo run | fields | compile | rollback``."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlhf-ppo", description="Fine-tune a language model with PPO.")
     parser.add_argument("--version", action="version", version=f"rlhf-ppo {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="run | fields | compile")
+    commands = parser.add_subparsers(required=True, metavar="run | fields | compile | rollback")
     run = commands.add_parser(
         "run",
         help="run the whole pipeline on this machine",
@@ -99,6 +99,21 @@ def _parser() -> argparse.ArgumentParser:
         "retry goes on; for node_count it must be one that many nodes can write to (ReadWriteMany)",
     )
     compiled.set_defaults(command=_compile)
+    back = commands.add_parser(
+        "rollback",
+        help="publish again what was published before",
+        description="Publish an earlier release again, as one new commit, and make it the champion in MLflow's "
+        "registry. HF_TOKEN holds the token.",
+    )
+    back.add_argument("repository", metavar="REPOSITORY", help="on the hub, e.g. me/my-model")
+    back.add_argument(
+        "--to", metavar="RELEASE", default="", help="its tag or commit; default: the release before the current one"
+    )
+    back.add_argument("--branch", default="main", help="default: main")
+    back.add_argument(
+        "--mlflow-tracking-uri", metavar="URI", default="", help="MLflow server or store; default: MLFLOW_TRACKING_URI"
+    )
+    back.set_defaults(command=_rollback)
     return parser
 
 
@@ -243,6 +258,30 @@ def _compile(given: argparse.Namespace) -> int:
         Path(given.output).write_text(text, encoding="utf-8")
     else:
         print(text, end="")
+    return 0
+
+
+def _rollback(given: argparse.Namespace) -> int:
+    from rlhf_ppo.hub import HubUnreachable
+    from rlhf_ppo.hub_push.rollback import move_champion, roll_back, tracking_uri_of
+
+    try:
+        done = roll_back(given.repository, given.to, given.branch)
+    except HubUnreachable as error:
+        print(f"rlhf-ppo: {error}", file=sys.stderr)
+        return 1
+    print(f"{done.repo_id} ({done.branch}) holds again {done.tag or done.release}: commit {done.revision}")
+    uri = tracking_uri_of(given.mlflow_tracking_uri)
+    if not uri:
+        print("MLflow was not told: name it by --mlflow-tracking-uri or MLFLOW_TRACKING_URI")
+        return 0
+    try:
+        champion = move_champion(done.release, uri)
+    except Exception as error:  # of the server, its database or its client
+        print(f"rlhf-ppo: MLflow was not told: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"say it later: rlhf-ppo rollback {done.repo_id} --to {done.release}", file=sys.stderr)
+        return 1
+    print(f"MLflow: {champion} is champion" if champion else f"MLflow has no version of {done.release}")
     return 0
 
 

@@ -244,7 +244,9 @@ def ppo(
     gate_min_prompts: int = 50,
     hub_repo_id: str = "",
     hub_private: bool = True,
+    hub_adapter: bool = False,
     mlflow_tracking_uri: str = "",
+    mlflow_registered_model: str = "",
     # parameters: end
 ) -> None:
     """Fine-tune a language model with PPO against a reward; push it to the hub if it passes the gate."""

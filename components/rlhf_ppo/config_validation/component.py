@@ -116,7 +116,9 @@ def validate_config(
     gate_min_prompts: int = 50,
     hub_repo_id: str = "",
     hub_private: bool = True,
+    hub_adapter: bool = False,
     mlflow_tracking_uri: str = "",
+    mlflow_registered_model: str = "",
     # parameters: end
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Outputs",

@@ -30,4 +30,4 @@ def push_to_hub(
     with running_step("push_to_hub"):
         from rlhf_ppo.hub_push import push
 
-        return push.push_to_hub(config, Path(policy.path), Path(evaluation.path), run_id)
+        return push.push_to_hub(config, Path(policy.path), Path(evaluation.path), run_id, policy.uri)

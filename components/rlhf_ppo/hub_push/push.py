@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from rlhf_ppo.hub import WEIGHTS, tried, weights_of, write_token
 from rlhf_ppo.hub_push.card import model_card
 from rlhf_ppo.hub_push.kwargs import kwargs_problems
 from rlhf_ppo.parameters import RunSettings
+from rlhf_ppo.registry import CHAMPION, REVISION_TAG
+from rlhf_ppo.tracking import Tracker
 
-KEPT_BACK = {"value_head.safetensors", "training.json", "digest.json"}
-"""What the trainer leaves beside the model and nobody needs to use it."""
-ADAPTER = "adapter"
-"""The folder of a LoRA run's adapters, which are merged into what is pushed."""
+ADAPTER, ADAPTER_CONFIG = "adapter", "adapter_config.json"
+"""The folder of a LoRA run's adapters, which are merged into the model beside it, and a file in it."""
+KEPT_BACK = {"value_head.safetensors", "training.json", "digest.json", "README.md"}
+"""What the trainer leaves beside the model and nobody needs to use it; the card is ours."""
+CONFIGS = {"config.json", "generation_config.json", ADAPTER_CONFIG}
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-LOADED = (WEIGHTS, f"{WEIGHTS}.index.json", "adapter_config.json", *PICKLED, ".bin.index.json")
+LOADED = (WEIGHTS, f"{WEIGHTS}.index.json", *PICKLED, ".bin.index.json")
 """Files of an earlier push that a model would be loaded from, together with the new ones or instead of them."""
+MARK = re.compile(r"\(pipeline run (.+)\)")
 
 
 @dataclass(frozen=True)
@@ -33,36 +38,55 @@ class Branch:
     name: str
 
 
-def push_to_hub(config: str, policy: Path, evaluation: Path, run_id: str) -> str:
+def push_to_hub(config: str, policy: Path, evaluation: Path, run_id: str, policy_uri: str) -> str:
     """Push the directory ``policy`` to the repository that the settings name; returns the commit, or "" for none.
 
-    One atomic commit with the model's files and a card. A commit of the same run is found again by its title, so that
-    neither a lost answer nor a second run of the step commits twice. Raises InputError where the token is missing or
-    may not write.
+    MLflow's registry is told who is champion now; ``policy_uri`` is where the weights lie for it. Raises InputError
+    where the token is missing or may not write, or where another model was published since the evaluation.
     """
     settings = RunSettings.from_json(config)
-    repo_id, kwargs = settings.repo_id, settings.ppo.push_to_hub_if_best_kwargs
-    if not repo_id:
+    if not settings.repo_id:
         emit("push_skipped", reason="no repository is named: set hub_repo_id")
         return ""
-    problems = kwargs_problems(kwargs)
+    problems = kwargs_problems(settings.ppo.push_to_hub_if_best_kwargs)
     if problems:
         raise InputError(problems)
+    with Tracker.for_run("push_to_hub", run_id, settings) as tracker:
+        repo_id, revision = publish(settings, policy, evaluation, run_id, {"MLflow run": tracker.pipeline_run()})
+        tags = {"rlhf_ppo.hub_repo_id": repo_id, REVISION_TAG: revision}
+        tracker.log_tags(tags)
+        tracker.log_model(settings.registered_model, policy_uri, tags, CHAMPION)
+    return revision
+
+
+def publish(
+    settings: RunSettings, policy: Path, evaluation: Path, run_id: str, lineage: Mapping[str, str]
+) -> tuple[str, str]:
+    """Push, and return the repository's full name and the commit.
+
+    One atomic commit with the files and a card, in whose lineage stands ``lineage``, too, and a tag for it. A commit
+    of the same run is found again by its title, so that neither a lost answer nor a second run of the step commits
+    twice.
+    """
+    kwargs = settings.ppo.push_to_hub_if_best_kwargs
     results = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
-    files = _files(policy)
-    branch = _branch(repo_id, kwargs.get("private", settings.hub.hub_private), kwargs.get("revision", "main"))
+    results["lineage"] |= lineage
+    files = _files(policy, settings)
+    branch = _branch(settings.repo_id, kwargs.get("private", settings.hub.hub_private), kwargs.get("revision", "main"))
     model = json.loads((policy / "config.json").read_text(encoding="utf-8"))
-    card = model_card(settings, results, branch.repo_id, bool(model.get("is_encoder_decoder")))
+    files["README.md"] = model_card(settings, results, branch.repo_id, bool(model.get("is_encoder_decoder"))).encode()
     message = kwargs.get("commit_message") or settings.ppo.exp_name
     champion = results.get("champion") or {}
-    revision = _commit_once(branch, files, card, message, run_id, champion.get("revision"))
+    revision = _commit_once(branch, files, message, run_id, champion.get("revision"))
+    tag = _tag_once(branch, revision, run_id)
     emit(
         "pushed",
         repo_id=branch.repo_id,
         revision=revision,
+        tag=tag,
         url=f"{branch.api.endpoint}/{branch.repo_id}/tree/{revision}",
     )
-    return revision
+    return branch.repo_id, revision
 
 
 def mark(run_id: str) -> str:
@@ -70,18 +94,40 @@ def mark(run_id: str) -> str:
     return f"(pipeline run {run_id})"
 
 
-def _files(policy: Path) -> dict[str, Path]:
-    """The files to push by their names in the repository."""
-    files = {path.relative_to(policy).as_posix(): path for path in sorted(policy.rglob("*")) if path.is_file()}
-    pushed = {name: path for name, path in files.items() if not _kept_back(path.relative_to(policy))}
-    pickled = [name for name in pushed if name.endswith(PICKLED)]
+def run_of(title: str) -> str | None:
+    """The run that made the commit with this title, or None where none of ours did."""
+    found = MARK.search(title)
+    return found[1] if found and title.endswith(found[0]) else None
+
+
+def tag_of(run_id: str) -> str:
+    """The tag of what a run published; git takes no blanks and few signs."""
+    return "run-" + re.sub(r"[^\w-]+", "-", run_id)
+
+
+def _files(policy: Path, settings: RunSettings) -> dict[str, Path | bytes]:
+    """The files to push by their names in the repository: the whole model, or the adapter alone."""
+    found = {path.relative_to(policy).as_posix(): path for path in sorted(policy.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in found.items() if not name.startswith(f"{ADAPTER}/")}
+    files = {name: path for name, path in files.items() if path.name not in KEPT_BACK}
+    pickled = [name for name in found if name.endswith(PICKLED)]
     if pickled:
         raise InputError(f"the policy holds {', '.join(pickled)}: only safetensors are pushed")
-    return pushed
+    if not settings.hub.hub_adapter:
+        return dict(files)
+    whole: dict[str, Path | bytes] = {n: p for n, p in files.items() if not n.endswith(LOADED) and n not in CONFIGS}
+    for path in sorted((policy / ADAPTER).iterdir()):
+        if path.name not in KEPT_BACK:
+            whole[path.name] = path
+    return {**whole, ADAPTER_CONFIG: _adapter_config(policy, settings)}
 
 
-def _kept_back(path: Path) -> bool:
-    return path.name in KEPT_BACK or path.parts[0] == ADAPTER or path.as_posix() == "README.md"
+def _adapter_config(policy: Path, settings: RunSettings) -> bytes:
+    """The adapter's config with the base as it is known on the hub; in the run's own it is a directory."""
+    config = json.loads((policy / ADAPTER / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = settings.ppo.model_name
+    config["revision"] = settings.model.model_revision or None
+    return json.dumps(config, indent=2).encode()
 
 
 def _branch(repo_id: str, private: bool, name: str) -> Branch:
@@ -97,7 +143,7 @@ def _branch(repo_id: str, private: bool, name: str) -> Branch:
 
 
 def _commit_once(
-    branch: Branch, files: dict[str, Path], card: str, message: str, run_id: str, champion: str | None
+    branch: Branch, files: Mapping[str, Path | bytes], message: str, run_id: str, champion: str | None
 ) -> str:
     """Commit unless a commit of this run is there; a stale parent or a lost answer is looked at anew."""
     title, _, description = message.strip().partition("\n")
@@ -111,7 +157,7 @@ def _commit_once(
         _check_champion(branch, parent, champion)
         made = branch.api.create_commit(
             branch.repo_id,
-            _operations(files, card, branch.api.list_repo_files(branch.repo_id, revision=parent)),
+            _operations(files, branch.api.list_repo_files(branch.repo_id, revision=parent)),
             commit_message=f"{title} {mark(run_id)}",
             commit_description=description.strip(),
             revision=branch.name,
@@ -134,10 +180,26 @@ def _check_champion(branch: Branch, head: str | None, champion: str | None) -> N
         )
 
 
-def _operations(files: dict[str, Path], card: str, present: Iterable[str]) -> list[Any]:
+def _operations(files: Mapping[str, Path | bytes], present: Iterable[str]) -> list[Any]:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    added: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    added.append(CommitOperationAdd("README.md", card.encode()))
-    stale = sorted(name for name in set(present) - set(files) if name.endswith(LOADED))
-    return added + [CommitOperationDelete(name) for name in stale]
+    added = [CommitOperationAdd(name, str(what) if isinstance(what, Path) else what) for name, what in files.items()]
+    return [*added, *(CommitOperationDelete(name) for name in stale(files, present))]
+
+
+def stale(files: Iterable[str], present: Iterable[str]) -> list[str]:
+    """Of the files that are ``present`` those to delete so that ``files`` alone decide what is loaded."""
+    return sorted(name for name in set(present) - set(files) if name.endswith(LOADED) or name in CONFIGS)
+
+
+def _tag_once(branch: Branch, revision: str, run_id: str) -> str:
+    """Tag the commit; returns the tag's name."""
+    name = tag_of(run_id)
+
+    def attempt() -> None:
+        # Not exist_ok, which takes every conflict for an existing tag.
+        if name not in {tag.name for tag in branch.api.list_repo_refs(branch.repo_id).tags}:
+            branch.api.create_tag(branch.repo_id, tag=name, revision=revision)
+
+    tried(attempt, branch.repo_id)
+    return name

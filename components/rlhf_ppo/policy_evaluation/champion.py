@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.hub import WEIGHTS, tried
 from rlhf_ppo.parameters import RunSettings
@@ -29,13 +31,42 @@ def fetch_champion(settings: RunSettings, directory: Path) -> str | None:
     if found is None or not any(file.rfilename.endswith(WEIGHTS) for file in found.siblings):
         emit("note", step="evaluate_policy", message=f"no model is published as {settings.repo_id} ({branch}) so far")
         return None
-    tried(
-        lambda: api.snapshot_download(
-            settings.repo_id, revision=found.sha, local_dir=directory, allow_patterns=list(LOADED)
-        ),
-        settings.repo_id,
-    )
+    _download(api, settings.repo_id, found.sha, directory)
     return str(found.sha)
+
+
+def load_champion(directory: Path, settings: RunSettings, reference: Path) -> Any:
+    """The published model in ``directory``; an adapter with its base, which may be the run's own ``reference``.
+
+    Raises InputError where the adapter names no base that can be had.
+    """
+    from rlhf_ppo.ppo.models import load_model
+
+    dtype, config = settings.model.model_dtype, directory / "adapter_config.json"
+    if not config.is_file():
+        return load_model(directory, dtype)
+    from peft import PeftModel
+
+    told = json.loads(config.read_text(encoding="utf-8"))
+    base, revision = told.get("base_model_name_or_path"), told.get("revision")
+    if not base:
+        raise InputError(f"hub_repo_id={settings.repo_id!r} holds an adapter that names no base model")
+    if (base, revision) != (settings.ppo.model_name, settings.model.model_revision):
+        from huggingface_hub import HfApi
+
+        reference = directory / "base"
+        api = HfApi(token=os.environ.get("HF_TOKEN") or False)
+        _download(api, base, revision, reference, f"the base of the adapter in {settings.repo_id}")
+    model = PeftModel.from_pretrained(load_model(reference, dtype), str(directory), use_safetensors=True)
+    return model.merge_and_unload()
+
+
+def _download(api: Any, repo_id: str, revision: str | None, directory: Path, parameter: str = "hub_repo_id") -> None:
+    tried(
+        lambda: api.snapshot_download(repo_id, revision=revision, local_dir=directory, allow_patterns=list(LOADED)),
+        repo_id,
+        parameter,
+    )
 
 
 def _branch(settings: RunSettings) -> str:

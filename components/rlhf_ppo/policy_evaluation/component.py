@@ -44,6 +44,7 @@ def evaluate_policy(
             Path(evaluation.path),
             Path(report.path),
             run_id,
+            policy.uri,
         )
         # The tracker has the same names; KFP's MLflow plugin logs these to the same run.
         for name, value in found.items():

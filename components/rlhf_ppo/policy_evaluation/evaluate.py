@@ -14,22 +14,24 @@ from typing import Any
 
 import torch
 
-from rlhf_ppo.artifacts import complete_directory, write_json, write_whole
+from rlhf_ppo.artifacts import complete_directory, digest_of, write_json, write_whole
 from rlhf_ppo.devices import Device, find_device, has_habana
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
-from rlhf_ppo.parameters import RunSettings
-from rlhf_ppo.policy_evaluation.champion import fetch_champion
+from rlhf_ppo.parameters import RunSettings, encode
+from rlhf_ppo.policy_evaluation.champion import fetch_champion, load_champion
 from rlhf_ppo.policy_evaluation.gate import decide
 from rlhf_ppo.policy_evaluation.report import render
-from rlhf_ppo.policy_evaluation.statistics import Samples, against, compare, kl_estimates
+from rlhf_ppo.policy_evaluation.statistics import Samples, against, compare, interval, kl_estimates, per_prompt
 from rlhf_ppo.ppo import Prompt, Sampling
 from rlhf_ppo.ppo.generation import Generated, draw, sample
 from rlhf_ppo.ppo.models import load_model
 from rlhf_ppo.ppo.rewards import Reward, load_reward, score, totals
 from rlhf_ppo.ppo.rollout import response_logprobs
+from rlhf_ppo.ppo_training.policy_files import TRAINING
 from rlhf_ppo.ppo_training.train import read_prompts
 from rlhf_ppo.preflight import check_cards
+from rlhf_ppo.registry import CHALLENGER
 from rlhf_ppo.settings import split_revision
 from rlhf_ppo.tracking import Tracker
 
@@ -45,8 +47,11 @@ def evaluate_policy(
     evaluation: Path,
     report: Path,
     run_id: str,
+    policy_uri: str,
 ) -> dict[str, float]:
     """Write the directory ``evaluation`` and the page ``report``; returns the figures that matter most.
+
+    ``policy_uri`` is where the policy lies for MLflow's registry, which hears of one that passes the gate.
 
     Raises InputError where there are no held-out prompts or the reward gives something else than numbers.
     """
@@ -62,15 +67,18 @@ def evaluate_policy(
         if champion:
             compared = against(samples["policy"], samples["champion"], settings.evaluation.eval_samples_per_prompt)
             found["champion"] = {"repo_id": settings.repo_id, "revision": champion, **compared}
-        judge = settings.evaluation.eval_judge
-        if judge:
-            found["judge"] = {"name": judge, **_judged(settings, repeated, samples)}
+        judged: dict[str, Samples] = {}
+        if settings.evaluation.eval_judge:
+            judged = _judged(settings, repeated, samples)
+            found["judge"] = _verdict_of_judge(settings, judged)
         verdict = decide(found, settings.gate)
         found["verdict"] = {"passed": verdict.passed, "reasons": list(verdict.reasons)}
-        found["lineage"] = _lineage(settings, prompts, reference, policy)
-        rows = _rows(repeated, samples, k1, settings.evaluation.eval_samples_per_prompt)
+        found["lineage"] = _lineage(settings, run_id, prompts, reference, policy)
+        rows = _rows(repeated, samples, judged, k1, settings.evaluation.eval_samples_per_prompt)
         _write(found, rows, render(found, rows, _read_history(history), settings), evaluation, report)
         _track(tracker, settings, found, rows, evaluation)
+        if verdict.passed and settings.registered_model:
+            tracker.log_model(settings.registered_model, policy_uri, {}, CHALLENGER)
     _announce(found)
     return _headline(found)
 
@@ -131,7 +139,7 @@ def _measure(
     }
     # 4. The published model responds, if there is one
     if models.champion is not None:
-        model = load_model(models.champion, settings.model.model_dtype).to(device)
+        model = load_champion(models.champion, settings, models.reference).to(device)
         theirs = AutoTokenizer.from_pretrained(models.champion)
         asked = prompts if theirs.get_vocab() == tokenizer.get_vocab() else _read_by(theirs, prompts)
         found = _respond(model, asked, settings, _progress(2, rounds, len(prompts)))
@@ -146,17 +154,28 @@ def _read_by(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
     return [Prompt(text, torch.tensor(row, dtype=torch.long)) for text, row in zip(texts, ids, strict=True)]
 
 
-def _judged(settings: RunSettings, prompts: Sequence[Prompt], samples: dict[str, Samples]) -> dict[str, Any]:
-    """The second reward's scores of policy and reference, paired by prompt."""
+def _judged(settings: RunSettings, prompts: Sequence[Prompt], samples: dict[str, Samples]) -> dict[str, Samples]:
+    """Policy's and reference's responses with the second reward's scores."""
     alone = dataclasses.replace(settings.reward, reward_sum={}, reward_revision="")
     model, revision = split_revision(settings.evaluation.eval_judge)
     judge = load_reward(model, dataclasses.replace(alone, reward_revision=revision), _device(settings).name)
-    each, texts, found = settings.evaluation.eval_samples_per_prompt, [prompt.text for prompt in prompts], {}
+    texts, found = [prompt.text for prompt in prompts], {}
     for name in ("policy", "reference"):
         scores = totals(score(judge, texts, samples[name].responses, samples[name].ids))
         found[name] = dataclasses.replace(samples[name], scores=scores)
-    compared = against(found["policy"], found["reference"], each)
-    return {"gain": compared["gain"], "win_rate": compared["win_rate"], "reference": compared["score"]}
+    return found
+
+
+def _verdict_of_judge(settings: RunSettings, judged: dict[str, Samples]) -> dict[str, Any]:
+    each = settings.evaluation.eval_samples_per_prompt
+    compared = against(judged["policy"], judged["reference"], each)
+    return {
+        "name": settings.evaluation.eval_judge,
+        "gain": compared["gain"],
+        "win_rate": compared["win_rate"],
+        "reference": compared["score"],
+        "policy": interval(per_prompt(judged["policy"].scores, each)),
+    }
 
 
 def _ends(model: Any) -> set[int]:
@@ -207,7 +226,10 @@ def _samples(
     )
 
 
-def _rows(prompts: Sequence[Prompt], samples: dict[str, Samples], k1: list[float], each: int) -> list[dict[str, Any]]:
+def _rows(
+    prompts: Sequence[Prompt], samples: dict[str, Samples], judged: dict[str, Samples], k1: list[float], each: int
+) -> list[dict[str, Any]]:
+    """One row for each response of the policy, with those of the others to the same prompt and seed."""
     return [
         {
             "prompt": prompt.text,
@@ -217,6 +239,9 @@ def _rows(prompts: Sequence[Prompt], samples: dict[str, Samples], k1: list[float
             "reference_score": samples["reference"].scores[row],
             "policy_score": samples["policy"].scores[row],
             "kl": k1[row],
+            "policy_length": samples["policy"].lengths[row],
+            "policy_ended": samples["policy"].ended[row],
+            **{f"{name}_judge_score": of.scores[row] for name, of in sorted(judged.items())},
             **_of_champion(samples.get("champion"), row),
         }
         for row, prompt in enumerate(prompts)
@@ -229,7 +254,7 @@ def _of_champion(champion: Samples | None, row: int) -> dict[str, Any]:
     return {"champion": champion.responses[row], "champion_score": champion.scores[row]}
 
 
-def _lineage(settings: RunSettings, prompts: Path, reference: Path, policy: Path) -> dict[str, Any]:
+def _lineage(settings: RunSettings, run_id: str, prompts: Path, reference: Path, policy: Path) -> dict[str, Any]:
     def read(path: Path, name: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8")).get(name) if path.exists() else None
 
@@ -243,7 +268,11 @@ def _lineage(settings: RunSettings, prompts: Path, reference: Path, policy: Path
         "reward": settings.ppo.reward_model,
         "reward revision": settings.reward.reward_revision or None,
         "judge": settings.evaluation.eval_judge or None,
-        "best PPO step": read(policy / "training.json", "best_step"),
+        "best PPO step": read(policy / TRAINING, "best_step"),
+        "settings digest": digest_of(encode(settings)),
+        "code": read(policy / TRAINING, "code"),
+        "image": read(policy / TRAINING, "image"),
+        "pipeline run": run_id,
     }
 
 

@@ -21,6 +21,8 @@ from rlhf_ppo.events import EVENTS_VARIABLE, emit
 from rlhf_ppo.launch import ARGUMENTS, RESULT, ProcessFailed, error_of, first_failure
 from rlhf_ppo.parameters import RunSettings
 from rlhf_ppo.ppo_training.keep import Stopped
+from rlhf_ppo.ppo_training.policy_files import TRAINING
+from rlhf_ppo.provenance import provenance
 from rlhf_ppo.train_job import (
     TrainJobs,
     Work,
@@ -180,6 +182,9 @@ class NodeTraining:
         """Copy the results to the step's outputs, clear the volume of the job's folder, and return the metrics."""
         with complete_directory(policy) as unfinished:
             shutil.copytree(directory / "policy", unfinished, dirs_exist_ok=True)
+            told = json.loads((unfinished / TRAINING).read_text(encoding="utf-8"))
+            # The job's pods may not ask Kubernetes which image they run; this step's is the same.
+            write_json(unfinished / TRAINING, {**told, **provenance()})
         write_whole(history, (directory / "history").read_text(encoding="utf-8"))
         metrics: dict[str, float] = json.loads((directory / RESULT).read_text(encoding="utf-8"))
         shutil.rmtree(self.place, ignore_errors=True)

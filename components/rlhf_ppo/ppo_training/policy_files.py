@@ -11,6 +11,10 @@ from rlhf_ppo.artifacts import loadable_by_transformers_4
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo import PolicyWithValueHead
 
+TRAINING = "training.json"
+"""How the policy was made."""
+ADAPTER = "adapter"
+"""Folder of the adapters, which the model beside it has merged in."""
 VALUE_HEAD = "value_head.safetensors"
 HEAD_WEIGHT = "v_head.summary.weight"
 
@@ -21,7 +25,7 @@ def save_policy(policy: PolicyWithValueHead, tokenizer: Any, directory: Path) ->
 
     model: Any = policy.pretrained_model
     if policy.is_peft_model:
-        model.save_pretrained(directory / "adapter", safe_serialization=True)
+        model.save_pretrained(directory / ADAPTER, safe_serialization=True)
         save_merged(model, directory)
     else:
         model.save_pretrained(directory, safe_serialization=True)

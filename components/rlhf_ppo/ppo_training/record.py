@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rlhf_ppo.artifacts import write_json
 from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings
 from rlhf_ppo.ppo import PPOTrainer, StepReport
+from rlhf_ppo.ppo_training.policy_files import TRAINING
+from rlhf_ppo.provenance import provenance
 from rlhf_ppo.tracking import Tracker
 
 LAST = 5
@@ -91,13 +94,14 @@ class Recorder:
         }
 
     def conclude(self, directory: Path, digests: dict[str, Any]) -> None:
-        """Write training.json into the policy's ``directory``."""
+        """Write TRAINING into the policy's ``directory``."""
         lineage = {
             "base": self.settings.ppo.model_name,
             **digests,
+            **provenance(),
             "reward_model": self.settings.ppo.reward_model,
             "best_step": self.best_step if self.best_step >= 0 else None,
             "metrics": self.metrics(),
             "settings": json.loads(self.settings.to_json()),
         }
-        (directory / "training.json").write_text(json.dumps(lineage, indent=1), encoding="utf-8")
+        write_json(directory / TRAINING, lineage)
