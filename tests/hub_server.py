@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 CUT = 0  # the status of a Fault that closes the connection
@@ -238,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "tree":
             return [_entry(file, data) for file, data in sorted(files.items())]
         if what == "paths-info":
-            asked = json.loads(body)["paths"]
+            asked = parse_qs(body.decode())["paths"]
             return [_entry(file, files[file]) for file in asked if file in files]
         if what == "preupload":
             asked = json.loads(body)["files"]

@@ -15,12 +15,12 @@ RUN_TAG, REVISION_TAG, SINCE_TAG = "rlhf_ppo.run_id", "rlhf_ppo.hub_revision", "
 def source_of(uri: str, store: str) -> str:
     """Where a version's weights lie, ``uri``, in words that the MLflow at ``store`` takes and understands.
 
-    KFP calls its object store minio, which is S3; a server refuses paths, which are not its own.
+    KFP calls its object store minio, which is S3. A server refuses the paths of other machines, which it can't read.
     """
     if uri.startswith("minio://"):
         return f"s3://{uri.removeprefix('minio://')}"
     if uri.startswith("/") and store.startswith("http"):
-        return f"sftp://{socket.gethostname()}{uri}"
+        return f"local://{socket.gethostname()}{uri}"
     return uri
 
 
