@@ -92,6 +92,7 @@ class Refused(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # Head and body go apart; the client would wait 40 ms for the second.
     hub: Hub
 
     def log_message(self, *_: Any) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from hub_server import CUT, HALF, Fault, Hub, Repository
+from hub_server import Fault, Hub, Repository
 from rlhf_ppo.parameters import decode
 from test_hub_push import READ, WRITE, compared_with, load, outputs, tracked
+from test_hub_push_faults import AFTER, BEFORE
 from tiny_models import llama
 
 __all__ = ["outputs", "tracked"]  # fixtures
@@ -162,9 +163,7 @@ def test_whatever_fails_once_a_rollback_is_one_whole_commit(releases: Releases) 
     requests = list(hub.paths)
     wrong, cases = [], 0
     for number, request in enumerate(requests):
-        for status, takes_effect in (
-            (409, False), (412, False), (429, False), (503, False), (CUT, False), (500, True), (CUT, True), (HALF, True),
-        ):  # fmt: skip
+        for status, takes_effect in [(s, False) for s in BEFORE] + [(s, True) for s in AFTER]:
             repository.branches["main"] = list(before)
             hub.paths.clear()
             hub.fault_at = {number: Fault("", "", status, takes_effect=takes_effect)}
