@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,14 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
+import torch
 
 from hub_server import CUT, Fault, Hub, Repository
 from rlhf_ppo.parameters import decode
+from rlhf_ppo.ppo import PolicyWithValueHead
+from rlhf_ppo.ppo_training.policy_files import save_policy
+from rlhf_ppo.ppo_training.train import with_adapters
+from rlhf_ppo.settings import ModelSettings
 from test_policy_evaluation import EACH, PROMPTS, events, inputs, strictly, told
 from tiny_models import llama, word_tokenizer
 
@@ -117,3 +123,48 @@ def test_a_hub_that_fails_for_a_moment_is_asked_again(hub: Hub, inputs: Path, tm
     hub.faults = [Fault("GET", "/api/models/me/film/revision", 503, times=2), Fault("GET", "/api/models", CUT)]
     assert evaluate_with(hub, inputs, tmp_path)["champion"]["revision"] == commit
     assert not any(fault.times for fault in hub.faults)
+
+
+@pytest.mark.parametrize("base", ["the run's own", "another"])
+def test_a_published_adapter_is_compared_with_on_its_base(hub: Hub, inputs: Path, tmp_path: Path, base: str) -> None:
+    torch.manual_seed(0)
+    trunk = llama(seed=0 if base == "the run's own" else 5)
+    adapted = with_adapters(trunk, ModelSettings(model_lora_r=4), "CAUSAL_LM")
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    save_policy(PolicyWithValueHead(adapted), word_tokenizer(), tmp_path / "published")
+    config = json.loads((tmp_path / "published" / "adapter" / "adapter_config.json").read_text())
+    bases = hub.repositories["org/another"] = Repository(private=True)
+    llama(seed=5).save_pretrained(tmp_path / "base")
+    commit = bases.commit("base", {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    bases.commit("other weights", {})
+    named = ("org/base", "a" * 40) if base == "the run's own" else ("org/another", commit)
+    config["base_model_name_or_path"], config["revision"] = named
+    champions = {}
+    for kind in ("merged", "adapter"):
+        published = hub.repositories["me/film"] = Repository(private=True)
+        where = tmp_path / "published" / ("adapter" if kind == "adapter" else "")
+        files = {path.name: path.read_bytes() for path in where.iterdir() if path.is_file()}
+        if kind == "adapter":
+            tokenizer = {p.name: p.read_bytes() for p in where.parent.glob("*token*")}
+            files |= {**tokenizer, "adapter_config.json": json.dumps(config).encode()}
+        published.commit(kind, files)
+        out = tmp_path / kind
+        out.mkdir()
+        evaluate_with(hub, inputs, out, model_revision="a" * 40)
+        rows = parquet.read_table(out / "evaluation" / "samples.parquet").to_pylist()
+        champions[kind] = [row["champion"] for row in rows]
+    assert champions["adapter"] == champions["merged"]
+    assert champions["adapter"] != [row["reference"] for row in rows]
+    assert any("/org/another" in path for path in hub.paths) == (base == "another")
+
+
+def test_an_adapter_that_names_no_base_is_an_error_that_says_so(hub: Hub, inputs: Path, tmp_path: Path) -> None:
+    hub.repositories["me/film"] = Repository(private=True)
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
+    for path in inputs.joinpath("policy").glob("*token*"):
+        files[path.name] = path.read_bytes()
+    hub.repositories["me/film"].commit("adapter", files)
+    with pytest.raises(AssertionError, match="holds an adapter that names no base model"):
+        evaluate_with(hub, inputs, tmp_path)

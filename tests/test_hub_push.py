@@ -13,10 +13,15 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 
 from hub_server import CUT, Commit, Fault, Hub, Repository
 from rlhf_ppo.hub_push.card import model_card, shown
 from rlhf_ppo.parameters import decode
+from rlhf_ppo.ppo import PolicyWithValueHead
+from rlhf_ppo.ppo_training.policy_files import save_policy
+from rlhf_ppo.ppo_training.train import with_adapters
+from rlhf_ppo.settings import ModelSettings
 from tiny_models import llama, word_tokenizer
 
 WRITE, READ = "hf_the_writing_token", "hf_the_reading_token"
@@ -151,6 +156,56 @@ def load(hub: Hub, outputs: Path, code: str) -> str:
     loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr[-2000:]
     return loaded.stdout
+
+
+def trained_with_adapters(outputs: Path) -> None:
+    """Let the policy be one that was trained with LoRA, on a base that lies in a directory of the run."""
+    torch.manual_seed(0)
+    base = llama(seed=3)
+    base.name_or_path = "/runs/steps/reference"
+    policy = with_adapters(base, ModelSettings(model_lora_r=4), "CAUSAL_LM")
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    save_policy(PolicyWithValueHead(policy), word_tokenizer(), outputs / "policy")
+
+
+LOGITS = "(torch.tensor([[3, 4, 5]])).logits.flatten().tolist())"
+ADAPTER = {"hub_adapter": True, "model_lora_r": 4}
+
+
+def test_an_adapter_is_pushed_alone_by_choice_and_its_card_s_usage_runs(hub: Hub, outputs: Path) -> None:
+    trained_with_adapters(outputs)
+    base = hub.repositories["org/base"] = Repository(private=False)
+    llama(seed=3).save_pretrained(outputs / "base")
+    commit = base.commit("base", {path.name: path.read_bytes() for path in (outputs / "base").iterdir()})
+    base.commit("broken since", {"config.json": b""})
+    revision(push(hub, outputs, model_revision=commit, **ADAPTER))
+    files = hub.repositories["me/film"].commits[-1][2]
+    assert {name for name in files if name.endswith(".safetensors")} == {"adapter_model.safetensors"}
+    assert "config.json" not in files and "tokenizer.json" in files
+    config = json.loads(files["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", commit)
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.get("library_name"), card.data.get("base_model_relation")) == ("peft", "adapter")
+    usage = card.text.split("```python\n")[1].split("```")[0]
+    logits = f"import torch\nprint('LOGITS', model{LOGITS}"
+    text, _, found = load(hub, outputs, f"{usage}\n{logits}").partition("LOGITS")
+    merged = AutoModelForCausalLM.from_pretrained(outputs / "policy")
+    expected = merged(torch.tensor([[3, 4, 5]])).logits.flatten().tolist()
+    assert json.loads(found) == pytest.approx(expected, abs=1e-5) and "Once upon a time" in text
+
+
+def test_a_merged_model_takes_the_place_of_an_adapter_and_the_other_way_round(hub: Hub, outputs: Path) -> None:
+    trained_with_adapters(outputs)
+    found = []
+    for number, adapter in enumerate((True, False, True)):
+        commit = revision(push(hub, outputs, run_id=f"run-{number}", model_lora_r=4, hub_adapter=adapter))
+        compared_with(outputs, commit)
+        found.append(set(hub.repositories["me/film"].commits[-1][2]))
+    only_adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    assert found[0] == found[2] and found[0] - found[1] == only_adapter
+    assert found[1] - found[0] == {"config.json", "generation_config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize(
