@@ -14,7 +14,7 @@ import pytest
 from rlhf_ppo.config_validation import sources
 from rlhf_ppo.config_validation.validate import cache_keys, validate_config
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.parameters import RunSettings, defaults
+from rlhf_ppo.parameters import RunSettings, decode, defaults
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
@@ -184,6 +184,27 @@ def test_the_parts_of_a_sum_are_looked_at_and_pinned_like_the_reward_itself(hub:
     assert wrong.startswith("reward_sum has 'own_reward:width', which is not there")
     (unknown,) = problems(reward_sum={"me/else": 1.0})
     assert "me/else" in unknown and unknown.startswith("reward_sum=")
+
+
+def test_an_adapter_can_be_pushed_alone_only_where_there_is_one_and_its_base_is_on_the_hub(hub: type[Hub]) -> None:
+    validate_config(given(model_name="me/thing", hub_adapter=True, model_lora_r=8))
+    (wrong,) = problems(model_name="me/thing", hub_adapter=True)
+    assert wrong == "hub_adapter=True needs an adapter: set model_lora_r, e.g. to 16, or hub_adapter=False"
+    (wrong,) = problems(hub_adapter=True, model_lora_r=8)
+    assert "needs a model that the adapter can refer to, and model_name=" in wrong and "is not on the hub" in wrong
+
+
+@pytest.mark.parametrize("name", ["me/film", "a:b", "it's", "a\nb"])
+def test_a_registered_model_has_a_name_that_mlflow_takes(hub: type[Hub], name: str) -> None:
+    (wrong,) = problems(mlflow_registered_model=name)
+    assert wrong.startswith(f"mlflow_registered_model={name!r} is no name of a model")
+
+
+def test_the_registered_model_is_named_like_the_repository() -> None:
+    needed = {"model_name": "m", "query_dataset": "d", "reward_model": "m:f"}
+    assert decode({**needed, "hub_repo_id": "me/film"}).registered_model == "me--film"
+    assert decode({**needed, "hub_repo_id": "me/film", "mlflow_registered_model": "x"}).registered_model == "x"
+    assert decode(needed).registered_model == ""
 
 
 def test_a_judge_is_looked_at_and_pinned_like_the_reward_itself(hub: type[Hub]) -> None:

@@ -54,10 +54,11 @@ def validate_config(parameters: Mapping[str, Any]) -> str:
     problems += _problems_of_sum(parameters.get("reward_sum"))
     kwargs = parameters.get("push_to_hub_if_best_kwargs")
     problems += kwargs_problems(kwargs) if isinstance(kwargs, dict) else []
-    if parameters.get("hub_adapter") is True and not _on_hub(str(parameters.get("model_name", ""))):
+    model = parameters.get("model_name")
+    if parameters.get("hub_adapter") is True and isinstance(model, str) and model and not _on_hub(model):
         problems.append(
-            f"hub_adapter=True needs a model that the adapter can refer to: model_name={parameters['model_name']!r} is "
-            "not on the hub; set hub_adapter=False"
+            f"hub_adapter=True needs a model that the adapter can refer to, and model_name={model!r} is not on the "
+            "hub: set hub_adapter=False"
         )
     if problems:
         raise InputError(problems)
