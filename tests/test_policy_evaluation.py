@@ -26,6 +26,7 @@ from rlhf_ppo.policy_evaluation.statistics import (
     jackknife_interval,
     kl_estimates,
     per_prompt,
+    perplexity,
     repetition,
     wins,
 )
@@ -387,6 +388,11 @@ def test_the_tracker_gets_figures_samples_and_the_report(inputs: Path, tmp_path:
     assert {"report.html", "evaluation.json", "samples.json"} <= {artifact.path for artifact in artifacts}
 
 
+def test_a_perplexity_is_the_exponential_of_the_surprise_and_no_error_where_that_is_huge() -> None:
+    assert perplexity(math.log(50)) == pytest.approx(50)
+    assert perplexity(1e30) == math.inf and math.isnan(perplexity(math.nan))
+
+
 # A judge
 
 
@@ -400,7 +406,9 @@ def test_a_judge_scores_the_same_responses_and_its_gain_can_be_asked_for(inputs:
     found = strictly(tmp_path / "evaluation" / "evaluation.json")
     judge, lengths = found["judge"], found["metrics"]["response_length"]
     assert judge["name"] == f"{__name__}:length" and found["lineage"]["judge"] == judge["name"]
-    assert judge["gain"] == lengths["gain"] and judge["reference"] == lengths["reference"]
+    assert all(judge[name] == lengths[name] for name in ("gain", "reference", "policy"))
+    rows = parquet.read_table(tmp_path / "evaluation" / "samples.parquet").to_pylist()
+    assert [row["policy_judge_score"] for row in rows] == [float(row["policy_length"]) for row in rows]
     (reason,) = [text for text in found["verdict"]["reasons"] if "gate_min_judge_gain=100" in text]
     assert reason.startswith("held: score gain")
     assert "Score of the judge" in (tmp_path / "report").read_text()

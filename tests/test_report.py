@@ -118,6 +118,33 @@ def test_cards_show_before_after_gain_and_lineage() -> None:
     assert "reward revision" not in words and "None" not in words.split("Settings")[0]
 
 
+def test_a_judge_and_a_published_model_have_their_cards_and_a_judge_its_scores_beside_the_responses() -> None:
+    settings = decode({**NEEDED, "eval_judge": "m:f"})
+    texts = Samples([" a b", " c d"], [1.0, 2.0], [2] * 2, [True] * 2, [math.log(50)] * 2)
+    found = compare(texts, texts, [1.0] * 2, [1.0] * 2, 1)
+    gain = {"mean": -0.75, "low": -1.25, "high": -0.25}
+    share = {"mean": 0.25, "low": 0.125, "high": 0.375}
+    of = {"gain": gain, "win_rate": share, "score": gain, "reference": gain, "policy": gain}
+    found |= {"verdict": {"passed": False, "reasons": []}, "lineage": {}}
+    row = {"prompt": "p", "sample": 0, "reference": " r", "policy": " q", "reference_score": 0.0, "policy_score": 1.0}
+    rows = [{**row, "kl": 1.0, "reference_judge_score": 0.625, "policy_judge_score": -0.125}] * 2
+    alone = Page(render(found, [{**row, "kl": 1.0}] * 2, [], settings)).words
+    assert "by the judge" not in alone and "judge +" not in alone and "published model" not in alone
+    found |= {"judge": {"name": "m:f", **of}, "champion": {"repo_id": "me/film", "revision": "c", **of}}
+    words = Page(render(found, rows, [], settings)).words
+    for title in ("Gain over the published model", "Gain by the judge"):
+        assert re.search(title + r"-0\.75score \[-1\.25, -0\.25\]", words)
+    assert "needs more than 0" in words and "no gain at 0" in words
+    assert "judge +0.62" in words and "judge -0.12" in words
+    assert "Perplexity under the reference50.000 [50.000, 50.000]" in words
+
+
+def test_the_page_stays_small_enough_for_a_mail_whatever_is_in_it() -> None:
+    long, many = "word " * 20_000, 300
+    text = page([float(n) for n in range(many)], [0.0] * many, text=long, steps=20_000)
+    assert len(text.encode()) < 5_000_000
+
+
 def test_the_largest_gains_and_losses_come_first_and_only_where_there_are_any() -> None:
     words = Page(page([5.0, 1.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0])).words
     gains, losses = words.split("Largest gains")[1].split("Largest losses")

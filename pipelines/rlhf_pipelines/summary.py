@@ -31,7 +31,7 @@ def succeeded(events: Events, directory: Path) -> str:
         lines.append(("Gate", "passed" if found["passed"] else "held the policy back"))
         lines += [("", reason) for reason in found["reasons"]]
     if "pushed" in events:
-        lines.append(("Push", f"{events['pushed']['url']}"))
+        lines.append(("Push", f"{events['pushed']['url']} (tag {events['pushed']['tag']})"))
     elif "push_skipped" in events:
         lines.append(("Push", f"skipped: {events['push_skipped']['reason']}"))
     elif found:

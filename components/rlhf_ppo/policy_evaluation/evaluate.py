@@ -22,7 +22,15 @@ from rlhf_ppo.parameters import RunSettings, encode
 from rlhf_ppo.policy_evaluation.champion import fetch_champion, load_champion
 from rlhf_ppo.policy_evaluation.gate import decide
 from rlhf_ppo.policy_evaluation.report import render
-from rlhf_ppo.policy_evaluation.statistics import Samples, against, compare, interval, kl_estimates, per_prompt
+from rlhf_ppo.policy_evaluation.statistics import (
+    Samples,
+    against,
+    compare,
+    interval,
+    kl_estimates,
+    per_prompt,
+    perplexity,
+)
 from rlhf_ppo.ppo import Prompt, Sampling
 from rlhf_ppo.ppo.generation import Generated, draw, sample
 from rlhf_ppo.ppo.models import load_model
@@ -324,7 +332,7 @@ def _headline(found: dict[str, Any]) -> dict[str, float]:
         "kl": found["kl"]["mean"],
         "kl3": found["kl3"]["mean"],
         "distinct2_ratio": found["distinct2_ratio"],
-        "perplexity_under_reference": math.exp(found["metrics"]["nll"]["policy"]["mean"]),
+        "perplexity_under_reference": perplexity(found["metrics"]["nll"]["policy"]["mean"]),
         "repetition": found["metrics"]["repetition"]["policy"]["mean"],
         "ended": found["metrics"]["ended"]["policy"]["mean"],
         "response_length": found["metrics"]["response_length"]["policy"]["mean"],

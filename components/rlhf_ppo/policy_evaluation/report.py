@@ -11,6 +11,8 @@ from typing import Any
 
 from rlhf_ppo.parameters import RunSettings, defaults, encode
 from rlhf_ppo.policy_evaluation.charts import histogram, line_chart, strip
+from rlhf_ppo.policy_evaluation.gate import NO_FLOOR
+from rlhf_ppo.policy_evaluation.statistics import perplexity
 
 SHOWN_EACH_WAY = 5
 SAMPLES_SHOWN = 2
@@ -92,7 +94,8 @@ def _cards(evaluation: dict[str, Any], settings: RunSettings) -> str:
     score, length, two = metrics["score"], metrics["response_length"], metrics["distinct2"]
     wins, gain, kept = evaluation["win_rate"], score["gain"], dict.fromkeys(("low", "mean", "high"), ratio)
     keys = f"<span class='key s{REFERENCE}'>reference</span> <span class='key s{POLICY}'>policy</span>"
-    cards = (
+    judge, champion = evaluation.get("judge"), evaluation.get("champion")
+    cards = [
         _card("Mean score", _change(score, 2), keys, _both(score)),
         _card(
             "Gain",
@@ -124,8 +127,17 @@ def _cards(evaluation: dict[str, Any], settings: RunSettings) -> str:
             f"tokens; {metrics['ended']['policy']['mean']:.0%} end by themselves",
             _both(length),
         ),
-    )
+    ]
+    if champion:
+        cards.append(_gain_card("Gain over the published model", champion["gain"], gate.gate_min_champion_gain))
+    if judge:
+        cards.append(_gain_card("Gain by the judge", judge["gain"], gate.gate_min_judge_gain))
     return f"<section class='cards'>{''.join(cards)}</section>"
+
+
+def _gain_card(name: str, gain: Mapping[str, float], floor: float) -> str:
+    limit = (floor, "needs more than") if floor > NO_FLOOR else (0.0, "no gain at")
+    return _card(name, f"{gain['mean']:+.2f}", f"score {_interval(gain)}", strip([(POLICY, gain)], *limit))
 
 
 def _card(name: str, value: str, note: str, picture: str) -> str:
@@ -205,7 +217,7 @@ def _responses(rows: Sequence[dict[str, Any]]) -> str:
 def _pairs(group: Sequence[dict[str, Any]], gain: float) -> str:
     cells = "".join(
         f"<div class='side {name}'><div class='head'>{name} "
-        f"<span class='score'>{row[f'{name}_score']:+.2f}</span></div>"
+        f"<span class='score'>{row[f'{name}_score']:+.2f}</span>{_by_judge(row, name)}</div>"
         f"<div class='text'>{_cut(row[name].strip()) or '<em>empty</em>'}</div></div>"
         for row in group[:SAMPLES_SHOWN]
         for name in ("reference", "policy")
@@ -215,6 +227,11 @@ def _pairs(group: Sequence[dict[str, Any]], gain: float) -> str:
         f"<article class='pair'><div class='prompt'><span class='gain {kind}'>{gain:+.2f}</span>"
         f"<span class='text'>{_cut(group[0]['prompt'])}</span></div><div class='sides'>{cells}</div></article>"
     )
+
+
+def _by_judge(row: Mapping[str, Any], name: str) -> str:
+    score = row.get(f"{name}_judge_score")
+    return "" if score is None else f" <span class='soft'>judge {score:+.2f}</span>"
 
 
 def _cut(text: str) -> str:
@@ -234,11 +251,14 @@ def _figures(evaluation: dict[str, Any]) -> str:
     ):
         of = evaluation["metrics"][key]
         lines += _line(name, _cell(of["reference"]), _cell(of["policy"]), _cell(of["gain"]))
+    surprise = evaluation["metrics"]["nll"]
+    before, after = ({end: perplexity(nll) for end, nll in surprise[who].items()} for who in ("reference", "policy"))
+    lines += _line("Perplexity under the reference", _cell(before), _cell(after), "")
     lines += _line("Win rate, a tie is one half", "", _cell(evaluation["win_rate"]), "")
     judge = evaluation.get("judge")
     if judge:
         name = f"Score of the judge {_text(judge['name'])}"
-        lines += _line(name, _cell(judge["reference"]), "", _cell(judge["gain"]))
+        lines += _line(name, _cell(judge["reference"]), _cell(judge["policy"]), _cell(judge["gain"]))
         lines += _line("Win rate by the judge", "", _cell(judge["win_rate"]), "")
     champion = evaluation.get("champion")
     if champion:

@@ -104,6 +104,11 @@ def kl_estimates(logprobs: Sequence[Any], ref_logprobs: Sequence[Any]) -> tuple[
     return k1, k3
 
 
+def perplexity(nll: float) -> float:
+    """The perplexity of a mean surprise in nats per token; infinite where it is beyond all numbers."""
+    return math.exp(nll) if not nll > 700 else math.inf
+
+
 def wins(policy: Sequence[float], reference: Sequence[float]) -> list[float]:
     """1 where the policy's score is higher, 0 where it is lower, one half for a tie, which rounding may have parted."""
     return [
