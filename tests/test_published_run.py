@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load as tensors_of
 
 from hub_server import Hub
-from rlhf_ppo.hub_push.push import tag_of
+from rlhf_ppo.releases import tag_of
 
 ROOT = Path(__file__).parent.parent
 DEMO = "examples/movie_sentiment"

@@ -27,7 +27,7 @@ from pathlib import Path
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(seconds / 100)
 from rlhf_ppo.hub_push.push import publish
-from rlhf_ppo.hub_push.rollback import roll_back
+from rlhf_ppo.releases import roll_back
 from rlhf_ppo.parameters import RunSettings
 settings = RunSettings.from_json(sys.argv[1])
 for line in sys.stdin:

@@ -263,7 +263,7 @@ def _compile(given: argparse.Namespace) -> int:
 
 def _rollback(given: argparse.Namespace) -> int:
     from rlhf_ppo.hub import HubUnreachable
-    from rlhf_ppo.hub_push.rollback import move_champion, roll_back, tracking_uri_of
+    from rlhf_ppo.releases import move_champion, roll_back, tracking_uri_of
 
     try:
         done = roll_back(given.repository, given.to, given.branch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +10,18 @@ from typing import Any
 
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
-from rlhf_ppo.hub import WEIGHTS, tried, weights_of, write_token
+from rlhf_ppo.hub import tried, weights_of, write_token
 from rlhf_ppo.hub_push.card import model_card
 from rlhf_ppo.hub_push.kwargs import kwargs_problems
 from rlhf_ppo.parameters import RunSettings
 from rlhf_ppo.registry import CHAMPION, REVISION_TAG
+from rlhf_ppo.releases import ADAPTER_CONFIG, CONFIGS, LOADED, PICKLED, mark, stale, tag_of
 from rlhf_ppo.tracking import Tracker
 
-ADAPTER, ADAPTER_CONFIG = "adapter", "adapter_config.json"
-"""The folder of a LoRA run's adapters, which are merged into the model beside it, and a file in it."""
+ADAPTER = "adapter"
+"""The folder of a LoRA run's adapters, which are merged into the model beside it."""
 KEPT_BACK = {"value_head.safetensors", "training.json", "digest.json", "README.md"}
 """What the trainer leaves beside the model and nobody needs to use it; the card is ours."""
-CONFIGS = {"config.json", "generation_config.json", ADAPTER_CONFIG}
-PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-LOADED = (WEIGHTS, f"{WEIGHTS}.index.json", *PICKLED, ".bin.index.json")
-"""Files of an earlier push that a model would be loaded from, together with the new ones or instead of them."""
-MARK = re.compile(r"\(pipeline run (.+)\)")
 
 
 @dataclass(frozen=True)
@@ -87,22 +82,6 @@ def publish(
         url=f"{branch.api.endpoint}/{branch.repo_id}/tree/{revision}",
     )
     return branch.repo_id, revision
-
-
-def mark(run_id: str) -> str:
-    """The end of a commit's title that tells which run made it."""
-    return f"(pipeline run {run_id})"
-
-
-def run_of(title: str) -> str | None:
-    """The run that made the commit with this title, or None where none of ours did."""
-    found = MARK.search(title)
-    return found[1] if found and title.endswith(found[0]) else None
-
-
-def tag_of(run_id: str) -> str:
-    """The tag of what a run published; git takes no blanks and few signs."""
-    return "run-" + re.sub(r"[^\w-]+", "-", run_id)
 
 
 def _files(policy: Path, settings: RunSettings) -> dict[str, Path | bytes]:
@@ -185,11 +164,6 @@ def _operations(files: Mapping[str, Path | bytes], present: Iterable[str]) -> li
 
     added = [CommitOperationAdd(name, str(what) if isinstance(what, Path) else what) for name, what in files.items()]
     return [*added, *(CommitOperationDelete(name) for name in stale(files, present))]
-
-
-def stale(files: Iterable[str], present: Iterable[str]) -> list[str]:
-    """Of the files that are ``present`` those to delete so that ``files`` alone decide what is loaded."""
-    return sorted(name for name in set(present) - set(files) if name.endswith(LOADED) or name in CONFIGS)
 
 
 def _tag_once(branch: Branch, revision: str, run_id: str) -> str:

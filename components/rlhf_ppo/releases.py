@@ -1,17 +1,48 @@
-"""Publish again what was published before: on the hub, and in MLflow's registry."""
+"""Releases on the hub: how those of a run are known, what they replace, and publishing an earlier one again."""
 
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.hub import tried, weights_of, write_token
-from rlhf_ppo.hub_push.push import run_of, stale, tag_of
+from rlhf_ppo.hub import WEIGHTS, tried, weights_of, write_token
 from rlhf_ppo.registry import crown, version_at
+
+ADAPTER_CONFIG = "adapter_config.json"
+CONFIGS = {"config.json", "generation_config.json", ADAPTER_CONFIG}
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+LOADED = (WEIGHTS, f"{WEIGHTS}.index.json", *PICKLED, ".bin.index.json")
+"""Files of an earlier push that a model would be loaded from, together with the new ones or instead of them."""
+MARK = re.compile(r"\(pipeline run ([^()]+)\)$")
+REPOSITORY = "REPOSITORY"
+"""What the command line calls it."""
+
+
+def mark(run_id: str) -> str:
+    """The end of a commit's title that tells which run made it."""
+    return f"(pipeline run {run_id})"
+
+
+def run_of(title: str) -> str | None:
+    """The run that made the commit with this title, or None where none of ours did."""
+    found = MARK.search(title)
+    return found[1] if found else None
+
+
+def tag_of(run_id: str) -> str:
+    """The tag of what a run published; git takes no blanks and few signs."""
+    return "run-" + re.sub(r"[^\w-]+", "-", run_id)
+
+
+def stale(files: Iterable[str], present: Iterable[str]) -> list[str]:
+    """Of the files that are ``present`` those to delete so that ``files`` alone decide what is loaded."""
+    return sorted(name for name in set(present) - set(files) if name.endswith(LOADED) or name in CONFIGS)
 
 
 @dataclass(frozen=True)
@@ -25,10 +56,6 @@ class RolledBack:
     revision: str
 
 
-REPOSITORY = "REPOSITORY"
-"""What the command line calls it."""
-
-
 def roll_back(repo_id: str, to: str = "", branch: str = "main") -> RolledBack:
     """Publish the release ``to`` (a tag or commit; empty: the one before the current) again, as one new commit.
 
@@ -40,6 +67,10 @@ def roll_back(repo_id: str, to: str = "", branch: str = "main") -> RolledBack:
     api = HfApi(token=write_token(repo_id, REPOSITORY))
     found = partial(_commit_named, api, repo_id, to) if to else partial(_release_before, api, repo_id, branch)
     release = tried(found, repo_id, REPOSITORY)
+
+    title = tried(lambda: api.list_repo_commits(repo_id, revision=release)[0].title, repo_id, REPOSITORY)
+    run_id = run_of(title)
+    tag = tag_of(run_id) if run_id else ""
 
     def attempt() -> str:
         commits = api.list_repo_commits(repo_id, revision=branch)
@@ -56,9 +87,6 @@ def roll_back(repo_id: str, to: str = "", branch: str = "main") -> RolledBack:
         )
         return str(made.oid)
 
-    title = tried(lambda: api.list_repo_commits(repo_id, revision=release)[0].title, repo_id, REPOSITORY)
-    run_id = run_of(title)
-    tag = tag_of(run_id) if run_id else ""
     return RolledBack(repo_id, branch, release, tag, tried(attempt, repo_id, REPOSITORY))
 
 
