@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_pipelines import generate
+from rlhf_pipelines.manifest import manifest
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.fields import runtime_fields_of
 from rlhf_ppo.parameters import PARAMETERS
@@ -23,7 +24,7 @@ class Copy:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for tree in ("components", "pipelines"):
+        for tree in ("components", "pipelines", "manifests"):
             shutil.copytree(ROOT / tree, root / tree, ignore=shutil.ignore_patterns("__pycache__"))
         (root / "README.md").write_text(f"# Title\n\n{BEGIN}\n\n{generate.table()}\n\n{END}\n\nMore.\n")
 
@@ -56,12 +57,14 @@ def copy(tmp_path: Path) -> Copy:
 CONFIG = "components/rlhf_ppo/config.py"
 SIGNATURES = {"pipelines/rlhf_pipelines/ppo.py", "components/rlhf_ppo/config_validation/component.py"}
 PREPARE = "components/rlhf_ppo/dataset_preparation/component.py"
+MANIFEST = "manifests/base/pipeline.yaml"
 COMPILED = {"pipelines/rlhf_pipelines/compiled/ppo.yaml", "components/rlhf_ppo/config_validation/component.yaml"}
 
 
 def test_what_is_committed_is_fresh() -> None:
     assert generate.stale(generate.expected_texts()) == []
     assert generate.stale(generate.expected_yaml()) == []
+    assert generate.stale(generate.expected_manifest()) == []
 
 
 def test_the_readme_has_the_table() -> None:
@@ -78,7 +81,7 @@ def test_a_changed_default_makes_signatures_and_table_stale_and_one_command_rene
     assert copy.stale() == SIGNATURES | {"README.md"}
     assert copy.generate()[0] == 0
     assert copy.stale() == set()
-    for path in (*SIGNATURES, *COMPILED, "README.md"):
+    for path in (*SIGNATURES, *COMPILED, MANIFEST, "README.md"):
         assert "3e-05" in (copy.root / path).read_text(), path
 
 
@@ -116,6 +119,7 @@ def test_a_changed_meaning_makes_table_and_compiled_files_stale(copy: Copy) -> N
             "parameterType: BOOLEAN",
             "parameterType: STRING",
         ),
+        (MANIFEST, "defaultValue: 0.95", "defaultValue: 0.9"),
         ("README.md", "| `lam` | float | `0.95` |", "| `lam` | float | `0.9` |"),
     ],
 )
@@ -142,8 +146,9 @@ def test_missing_markers_are_an_error_and_not_silence(copy: Copy) -> None:
 
 def test_the_version_of_kfp_alone_makes_nothing_stale(copy: Copy) -> None:
     path = "pipelines/rlhf_pipelines/compiled/ppo.yaml"
-    text = (copy.root / path).read_text()
-    (copy.root / path).write_text(re.sub(r"(?m)^sdkVersion: .*$", "sdkVersion: kfp-2.99.0", text))
+    text = re.sub(r"(?m)^sdkVersion: .*$", "sdkVersion: kfp-2.99.0", (copy.root / path).read_text())
+    (copy.root / path).write_text(text)
+    (copy.root / MANIFEST).write_text(manifest(text))
     assert copy.stale() == set()
 
 

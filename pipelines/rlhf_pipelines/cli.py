@@ -98,6 +98,16 @@ def _parser() -> argparse.ArgumentParser:
         help="persistent volume claim, in the namespace of the runs, that training keeps its checkpoints on, so that a "
         "retry goes on; for node_count it must be one that many nodes can write to (ReadWriteMany)",
     )
+    compiled.add_argument(
+        "--kubernetes",
+        action="store_true",
+        help="as the resources Pipeline and PipelineVersion, for KFP's Kubernetes-native mode and for GitOps",
+    )
+    compiled.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; exit with 1 if FILE is not what would be written, or holds a version that was edited",
+    )
     compiled.set_defaults(command=_compile)
     back = commands.add_parser(
         "rollback",
@@ -252,8 +262,22 @@ def _listed() -> list[dict[str, Any]]:
 
 def _compile(given: argparse.Namespace) -> int:
     from rlhf_pipelines.compile import packaged
+    from rlhf_pipelines.manifest import manifest, problems_of
 
     text = packaged(image=given.image, volume=given.volume)
+    if given.kubernetes:
+        text = manifest(text)
+    if given.check:
+        if not given.output:
+            raise InputError("--check needs a file to look at: add -o FILE")
+        given_flags = [f"--{name} {value}" for name in ("image", "volume") if (value := getattr(given, name))]
+        command = " ".join(
+            ["rlhf-ppo compile", *(["--kubernetes"] if given.kubernetes else []), *given_flags, f"-o {given.output}"]
+        )
+        problems = problems_of(Path(given.output), text, command)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        return 1 if problems else 0
     if given.output:
         Path(given.output).write_text(text, encoding="utf-8")
     else:

@@ -1,6 +1,7 @@
 """Write what restates the parameters from their one declaration: ``python -m rlhf_pipelines.generate [--check]``.
 
-Restated are: the signatures of the pipeline and of two components, the compiled YAML, and the table in README.md.
+Restated are: the signatures of the pipeline and of two components, the compiled YAML, the table in README.md, and the
+pipeline as Kubernetes resources.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ COMMAND = "python -m rlhf_pipelines.generate"
 _PIPELINES = Path(__file__).parent
 _STEPS = Path(rlhf_ppo.__file__).parent
 _README = _STEPS.parent.parent / "README.md"
+_MANIFEST = _README.parent / "manifests" / "base" / "pipeline.yaml"
 _SIGNATURE = ("    # parameters: begin", "    # parameters: end\n")
 _TABLE = ("<!-- parameters:begin -->", "<!-- parameters:end -->")
 
@@ -121,6 +123,14 @@ def expected_yaml() -> dict[Path, str]:
     return expected
 
 
+def expected_manifest() -> dict[Path, str]:
+    """What the pipeline's resources should be, by the compiled pipeline as it lies there."""
+    from rlhf_pipelines.compile import COMPILED
+    from rlhf_pipelines.manifest import manifest
+
+    return {_MANIFEST: manifest(COMPILED.read_text(encoding="utf-8"))} if _README.is_file() else {}
+
+
 def stale(expected: dict[Path, str]) -> list[Path]:
     """The files that are not as expected; which version of KFP compiled them doesn't count."""
     return [path for path, text in expected.items() if _comparable(path) != _without_version(text)]
@@ -140,9 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; name what is stale and exit with 1")
     check = parser.parse_args(arguments).check
     outdated: list[Path] = []
-    # 1. Sources and README. 2. What is compiled from these sources, which tells nothing new while they are stale.
-    for expected in (expected_texts, expected_yaml):
-        if check and any(path.suffix == ".py" for path in outdated):
+    # 1. Sources and README. 2. What is compiled from these sources. 3. What is made of that.
+    # None tells anything new while the one before is stale.
+    for expected in (expected_texts, expected_yaml, expected_manifest):
+        if check and any(path.suffix in (".py", ".yaml") for path in outdated):
             break
         texts = expected()
         for path in stale(texts):
