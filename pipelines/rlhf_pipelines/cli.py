@@ -1,34 +1,26 @@
-"""The command line: ``rlhf-ppo run | fields | compile | rollback``."""
+"""The command line: ``rlhf-ppo run | submit | fields | compile | rollback``."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import json
-import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from rlhf_pipelines import commands
+from rlhf_pipelines.reading import read_parameters
 from rlhf_ppo import __version__
-from rlhf_ppo.config import PRESETS, preset
+from rlhf_ppo.config import PRESETS
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.fields import parameters_of, runtime_fields_of
 from rlhf_ppo.parameters import (
     GROUPS,
     PARAMETERS,
-    decode,
     defaults,
-    encode,
-    from_kfp,
-    parse_text,
-    to_kfp,
-    unknown_names,
 )
 
 RUN_HELP = """\
@@ -39,6 +31,19 @@ wrong, 1 when a step fails, 130 when interrupted.
 example:
   rlhf-ppo run --set model_name=HuggingFaceTB/SmolLM2-135M-Instruct --set query_dataset=prompts.jsonl \\
       --set reward_model=my_reward:score --set batch_size=32 --set mini_batch_size=8 --set steps=480
+"""
+
+
+SUBMIT_HELP = """\
+Start a run on a cluster. Names, types and values of the parameters are checked before a server is asked; what they
+name is looked at by the run's first step. The server is --host, else KF_PIPELINES_ENDPOINT, else the one of this
+cluster, else the kubeconfig's, through its proxy. KF_PIPELINES_TOKEN holds a token, or KF_PIPELINES_COOKIE a login's
+cookie; in a pod KF_PIPELINES_SA_TOKEN_PATH names the file with the service account's token.
+
+example:
+  rlhf-ppo submit --host https://kubeflow.example/pipeline --namespace team --wait \\
+      --image registry.example/rlhf-ppo/cpu:0.1.0 --parameters manifests/overlays/gpu/parameters.yaml \\
+      --set model_name=org/model --set query_dataset=org/prompts --set reward_model=org/reward
 """
 
 
@@ -65,27 +70,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlhf-ppo", description="Fine-tune a language model with PPO.")
     parser.add_argument("--version", action="version", version=f"rlhf-ppo {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="run | fields | compile | rollback")
-    run = commands.add_parser(
+    kinds = parser.add_subparsers(required=True, metavar="run | submit | fields | compile | rollback")
+    run = kinds.add_parser(
         "run",
         help="run the whole pipeline on this machine",
         description=RUN_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("--preset", choices=list(PRESETS), help="start from these values instead of the defaults")
-    run.add_argument("--parameters", metavar="FILE", help="YAML file of parameters; paths in it are seen from here")
-    run.add_argument(
-        "--set", metavar="NAME=VALUE", action="append", default=[], help="one parameter; wins over the file; repeatable"
-    )
+    _add_parameters(run)
     run.add_argument("--run-dir", metavar="DIR", help="new directory for the run; default: runs/DATE-TIME")
     run.add_argument("--quiet", action="store_true", help="no progress: only the summary, or what went wrong")
     run.set_defaults(command=_run)
-    fields = commands.add_parser("fields", help="explain every parameter")
+    start = kinds.add_parser(
+        "submit",
+        help="start a run on a cluster",
+        description=SUBMIT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_parameters(start)
+    _add_server(start)
+    start.add_argument("--experiment", metavar="NAME", default="rlhf-ppo", help="made where it is missing")
+    start.add_argument("--name", metavar="NAME", help="what the run's name begins with; default: exp_name")
+    start.add_argument(
+        "--client-token",
+        metavar="TOKEN",
+        help="stands in the run's name; the same command with the same token starts no second run",
+    )
+    start.add_argument("--image", help="image for all steps, as in compile; not with --pipeline")
+    start.add_argument("--volume", metavar="CLAIM", help="claim for checkpoints, as in compile; not with --pipeline")
+    start.add_argument("--pipeline", metavar="NAME", help="run a pipeline that the server has, not this package's")
+    start.add_argument("--version", metavar="NAME", default="latest", help="of --pipeline; default: latest")
+    start.add_argument("--service-account", metavar="NAME", default="", help="of the run's pods; default: KFP's")
+    start.add_argument("--wait", action="store_true", help="follow the run; exit with 1 where it does not succeed")
+    start.add_argument("--timeout", metavar="SECONDS", type=float, default=0.0, help="end --wait after so long")
+    start.set_defaults(command=commands.submit)
+    fields = kinds.add_parser("fields", help="explain every parameter")
     form = fields.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="as Markdown tables")
     form.add_argument("--json", action="store_true", help="as a JSON list, one object for each parameter")
     fields.set_defaults(command=_fields)
-    compiled = commands.add_parser("compile", help="write the compiled pipeline for a cluster")
+    compiled = kinds.add_parser("compile", help="write the compiled pipeline for a cluster")
     compiled.add_argument("-o", "--output", metavar="FILE", help="YAML file to write; default: standard output")
     compiled.add_argument(
         "--image",
@@ -108,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write nothing; exit with 1 if FILE is not what would be written, or holds a version that was edited",
     )
-    compiled.set_defaults(command=_compile)
-    back = commands.add_parser(
+    compiled.set_defaults(command=commands.compile)
+    back = kinds.add_parser(
         "rollback",
         help="publish again what was published before",
         description="Publish an earlier release again, as one new commit, and make it the champion in MLflow's "
@@ -123,78 +147,23 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument(
         "--mlflow-tracking-uri", metavar="URI", default="", help="MLflow server or store; default: MLFLOW_TRACKING_URI"
     )
-    back.set_defaults(command=_rollback)
+    back.set_defaults(command=commands.rollback)
     return parser
 
 
-def read_parameters(preset_name: str | None, file: str | None, texts: Sequence[str]) -> dict[str, Any]:
-    """All parameters in KFP's encoding: preset, then file, then NAME=VALUE texts.
-
-    Raises InputError with everything that is wrong.
-    """
-    problems: list[str] = []
-    rejected: set[str] = set()
-    values = {name: to_kfp(PARAMETERS[name], value) for name, value in preset(preset_name or "itrex").items()}
-    found = _load(file, problems) if file else {}
-    values |= _from_file(found or {}, problems, rejected)
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            problems.append(f"--set {text}: give NAME=VALUE")
-            continue
-        try:
-            values[name] = parse_text(name, value)
-            rejected.discard(name)
-        except InputError as error:
-            problems += error.problems
-            rejected.add(name)
-    try:
-        settings = decode({**defaults(), **values})
-    except InputError as error:
-        # What is said of a value that stands in for a rejected or unread one would mislead.
-        problems += [] if found is None else [text for text in error.problems if not _names_any(text, rejected)]
-    if problems:
-        raise InputError(problems)
-    return encode(settings)
+def _add_parameters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=list(PRESETS), help="start from these values instead of the defaults")
+    parser.add_argument("--parameters", metavar="FILE", help="YAML file of parameters; paths in it are seen from here")
+    parser.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], help="one parameter; wins over the file; repeatable"
+    )
 
 
-def _names_any(problem: str, names: set[str]) -> bool:
-    return not names.isdisjoint(re.findall(r"\w+", problem))
-
-
-def _load(file: str, problems: list[str]) -> dict[Any, Any] | None:
-    """What a YAML file holds, or None where it can't be used."""
-    try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"--parameters={file} can't be read: {error}")
-        return None
-    if not isinstance(found, dict):
-        problems.append(f"--parameters={file} holds no parameters: give lines like batch_size: 32")
-        return None
-    return found
-
-
-def _from_file(found: dict[Any, Any], problems: list[str], rejected: set[str]) -> dict[str, Any]:
-    values = {}
-    for name, value in found.items():
-        wrong = unknown_names([str(name)])
-        if wrong:
-            problems += wrong
-            continue
-        parameter = PARAMETERS[name]
-        try:
-            # YAML takes 1e-5 for a text.
-            carried = parse_text(name, value) if isinstance(value, str) else to_kfp(parameter, value)
-            problem = parameter.problem(value if value is None else from_kfp(parameter, carried))
-        except (InputError, TypeError, ValueError) as error:
-            problem = str(error) if isinstance(error, InputError) else parameter.problem(value)
-        if problem:
-            problems.append(problem)
-            rejected.add(name)
-        else:
-            values[name] = carried
-    return values
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", metavar="URL", default="", help="KFP API server; default: KF_PIPELINES_ENDPOINT")
+    parser.add_argument("--namespace", default="", help="the profile's, on a multi-user Kubeflow")
+    parser.add_argument("--kube-context", metavar="NAME", default="", help="of the kubeconfig, where no host is given")
+    parser.add_argument("--ca-cert", metavar="FILE", default="", help="certificates that the server's is checked with")
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -258,55 +227,6 @@ def _listed() -> list[dict[str, Any]]:
         {"name": name, "type": parameter.type.__name__, "default": values[name], "meaning": describe(parameter)}
         for name, parameter in PARAMETERS.items()
     ]
-
-
-def _compile(given: argparse.Namespace) -> int:
-    from rlhf_pipelines.compile import packaged
-    from rlhf_pipelines.manifest import manifest, problems_of
-
-    text = packaged(image=given.image, volume=given.volume)
-    if given.kubernetes:
-        text = manifest(text)
-    if given.check:
-        if not given.output:
-            raise InputError("--check needs a file to look at: add -o FILE")
-        given_flags = [f"--{name} {value}" for name in ("image", "volume") if (value := getattr(given, name))]
-        command = " ".join(
-            ["rlhf-ppo compile", *(["--kubernetes"] if given.kubernetes else []), *given_flags, f"-o {given.output}"]
-        )
-        problems = problems_of(Path(given.output), text, command)
-        for problem in problems:
-            print(problem, file=sys.stderr)
-        return 1 if problems else 0
-    if given.output:
-        Path(given.output).write_text(text, encoding="utf-8")
-    else:
-        print(text, end="")
-    return 0
-
-
-def _rollback(given: argparse.Namespace) -> int:
-    from rlhf_ppo.hub import HubUnreachable
-    from rlhf_ppo.releases import move_champion, roll_back, tracking_uri_of
-
-    try:
-        done = roll_back(given.repository, given.to, given.branch)
-    except HubUnreachable as error:
-        print(f"rlhf-ppo: {error}", file=sys.stderr)
-        return 1
-    print(f"{done.repo_id} ({done.branch}) holds again {done.tag or done.release}: commit {done.revision}")
-    uri = tracking_uri_of(given.mlflow_tracking_uri)
-    if not uri:
-        print("MLflow was not told: name it by --mlflow-tracking-uri or MLFLOW_TRACKING_URI")
-        return 0
-    try:
-        champion = move_champion(done.release, uri)
-    except Exception as error:  # of the server, its database or its client
-        print(f"rlhf-ppo: MLflow was not told: {type(error).__name__}: {error}", file=sys.stderr)
-        print(f"say it later: rlhf-ppo rollback {done.repo_id} --to {done.release}", file=sys.stderr)
-        return 1
-    print(f"MLflow: {champion} is champion" if champion else f"MLflow has no version of {done.release}")
-    return 0
 
 
 if __name__ == "__main__":

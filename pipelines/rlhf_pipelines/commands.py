@@ -1,0 +1,108 @@
+"""The commands that have to do with clusters and the hub; each gets the parsed command line."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf_pipelines.reading import names_in, read_parameters
+from rlhf_ppo.errors import InputError
+from rlhf_ppo.parameters import defaults
+
+
+def compile(given: argparse.Namespace) -> int:
+    """Write the compiled pipeline, or check the file that holds it. Returns the exit code."""
+    from rlhf_pipelines.compile import packaged
+    from rlhf_pipelines.manifest import manifest, problems_of
+
+    text = packaged(image=given.image, volume=given.volume)
+    if given.kubernetes:
+        text = manifest(text)
+    if given.check:
+        if not given.output:
+            raise InputError("--check needs a file to look at: add -o FILE")
+        given_flags = [f"--{name} {value}" for name in ("image", "volume") if (value := getattr(given, name))]
+        command = " ".join(
+            ["rlhf-ppo compile", *(["--kubernetes"] if given.kubernetes else []), *given_flags, f"-o {given.output}"]
+        )
+        problems = problems_of(Path(given.output), text, command)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        return 1 if problems else 0
+    if given.output:
+        Path(given.output).write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+    return 0
+
+
+def submit(given: argparse.Namespace) -> int:
+    """Start a run on a cluster, and follow it where that is asked for. Returns the exit code."""
+    parameters = _told(given)
+    from rlhf_pipelines import submit as work
+    from rlhf_pipelines.compile import packaged
+    from rlhf_pipelines.kubeflow import KubeflowError, connect
+
+    if given.pipeline and (given.image or given.volume):
+        raise InputError("--image and --volume are compiled in, and --pipeline is compiled already: leave them out")
+    package = "" if given.pipeline else packaged(given.image, given.volume)
+    label = given.name or str(parameters.get("exp_name") or defaults()["exp_name"])
+    name = f"{label} ({given.client_token})" if given.client_token else f"{label} {_now()}"
+    try:
+        server = connect(given.host, given.namespace, given.kube_context, given.ca_cert)
+        source = work.stored(server, given.pipeline, given.version, parameters) if given.pipeline else None
+        wanted = work.Submission(
+            name, given.experiment, parameters, source or work.Source(package), given.service_account
+        )
+        run_id = work.submit(server, wanted)
+        print(f"run {run_id} of {name}" + (f": {server.pages}/runs/details/{run_id}" if server.pages else ""))
+        if not given.wait:
+            return 0
+        outcome = work.follow(server, run_id, lambda step, state: print(f"{step:<40}{state.lower()}"), given.timeout)
+    except (KubeflowError, TimeoutError) as error:
+        print(f"rlhf-ppo: {error}", file=sys.stderr)
+        return 1
+    for reason in outcome.reasons:
+        print(reason, file=sys.stderr)
+    print(f"the run has {outcome.state.lower()}", file=sys.stderr if outcome.reasons else sys.stdout)
+    return 0 if outcome.state == "SUCCEEDED" else 1
+
+
+def _told(given: argparse.Namespace) -> dict[str, Any]:
+    """The parameters to send: a package may have other defaults, an image, so what was not given stays away."""
+    usual, values = defaults(), read_parameters(given.preset, given.parameters, given.set)
+    named = {text.partition("=")[0] for text in given.set} | names_in(given.parameters)
+    return {name: value for name, value in values.items() if name in named or value != usual[name]}
+
+
+def _now() -> str:
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')}-{secrets.token_hex(2)}"
+
+
+def rollback(given: argparse.Namespace) -> int:
+    """Publish an earlier release again. Returns the exit code."""
+    from rlhf_ppo.hub import HubUnreachable
+    from rlhf_ppo.releases import move_champion, roll_back, tracking_uri_of
+
+    try:
+        done = roll_back(given.repository, given.to, given.branch)
+    except HubUnreachable as error:
+        print(f"rlhf-ppo: {error}", file=sys.stderr)
+        return 1
+    print(f"{done.repo_id} ({done.branch}) holds again {done.tag or done.release}: commit {done.revision}")
+    uri = tracking_uri_of(given.mlflow_tracking_uri)
+    if not uri:
+        print("MLflow was not told: name it by --mlflow-tracking-uri or MLFLOW_TRACKING_URI")
+        return 0
+    try:
+        champion = move_champion(done.release, uri)
+    except Exception as error:  # of the server, its database or its client
+        print(f"rlhf-ppo: MLflow was not told: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"say it later: rlhf-ppo rollback {done.repo_id} --to {done.release}", file=sys.stderr)
+        return 1
+    print(f"MLflow: {champion} is champion" if champion else f"MLflow has no version of {done.release}")
+    return 0
