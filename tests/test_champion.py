@@ -21,7 +21,7 @@ from rlhf_ppo.ppo_training.policy_files import save_policy
 from rlhf_ppo.ppo_training.train import with_adapters
 from rlhf_ppo.settings import ModelSettings
 from test_policy_evaluation import EACH, PROMPTS, events, inputs, strictly, told
-from tiny_models import llama, word_tokenizer
+from tiny_models import VOCABULARY, llama, word_tokenizer
 
 EVALUATE = """
 import sys
@@ -86,23 +86,28 @@ def test_the_policy_is_compared_with_what_is_published_on_the_same_prompts_and_s
     assert "me/film as published" in (tmp_path / "report").read_text()
 
 
-def test_a_published_model_with_other_tokens_reads_the_same_texts(hub: Hub, inputs: Path, tmp_path: Path) -> None:
+def test_a_published_model_with_other_tokens_reads_and_says_the_same_texts(
+    hub: Hub, inputs: Path, tmp_path: Path
+) -> None:
+    """The published model is the policy with its words numbered the other way round."""
     other = tmp_path / "other"
-    llama(seed=7).save_pretrained(other)
-    tokenizer = word_tokenizer()
-    tokenizer.add_tokens(["one-more"])
-    tokenizer.save_pretrained(other)
+    policy, words = llama(seed=7), word_tokenizer()
+    order = torch.tensor([0, 1, 2, *range(VOCABULARY - 1, 2, -1)])
+    with torch.no_grad():
+        for layer in (policy.get_input_embeddings(), policy.get_output_embeddings()):
+            layer.weight.copy_(layer.weight[order].clone())
+    policy.save_pretrained(other)
+    words.save_pretrained(other)
+    numbered = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = numbered["model"]["vocab"]
+    numbered["model"]["vocab"] = {word: int(order[number]) for word, number in vocabulary.items()}
+    (other / "tokenizer.json").write_text(json.dumps(numbered))
     publish(hub, other)
-    rows_of = {}
-    for name in ("other", "policy"):
-        out = tmp_path / f"out-{name}"
-        out.mkdir()
-        publish(hub, other if name == "other" else inputs / "policy")
-        evaluate_with(hub, inputs, out)
-        rows = parquet.read_table(out / "evaluation" / "samples.parquet").to_pylist()
-        rows_of[name] = [row["champion"] for row in rows]
-    # The words that both know have the same tokens, so that both say the same.
-    assert rows_of["other"] == rows_of["policy"]
+    # All but greedy: a sampled choice depends on the order of the words.
+    found = evaluate_with(hub, inputs, tmp_path, rollout_temperature=1e-6)
+    rows = parquet.read_table(tmp_path / "evaluation" / "samples.parquet").to_pylist()
+    assert [row["champion"] for row in rows] == [row["policy"] for row in rows]
+    assert len({row["policy"] for row in rows}) > 1 and found["champion"]["gain"]["mean"] == 0
 
 
 @pytest.mark.parametrize("case", ["no repository", "no weights", "no rights"])
