@@ -1,7 +1,9 @@
 """The compiled pipeline as it ships: its wiring in a local run, and what it says of itself."""
 
+import inspect
 import json
 import os
+import pkgutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +114,24 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        "rlhf_ppo.reference_snapshot.snapshot.snapshot_reference",
+        "rlhf_ppo.dataset_preparation.prepare.prepare_dataset",
+        "rlhf_ppo.ppo_training.train.train_on_cards",
+        "rlhf_ppo.policy_evaluation.evaluate.evaluate_policy",
+        "rlhf_ppo.policy_evaluation.gate.gate",
+        "rlhf_ppo.hub_push.push.push_to_hub",
+    ],
+)
+def test_the_stand_ins_take_what_the_steps_take(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FAKES)
+    light = pkgutil.resolve_name(f"light_work:{work.rpartition('.')[2]}")
+    real = pkgutil.resolve_name(work)
+    assert list(inspect.signature(light).parameters) == list(inspect.signature(real).parameters)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_policy_that_passes_the_gate_is_pushed(run: Run) -> None:
     calls = run.start(gate="true")
@@ -120,6 +140,7 @@ def test_a_policy_that_passes_the_gate_is_pushed(run: Run) -> None:
     assert calls["train_ppo"]["prompts"] == calls["evaluate_policy"]["prompts"] == "prompts"
     assert calls["train_ppo"]["reference"] == calls["evaluate_policy"]["reference"] == "reference"
     assert calls["evaluate_policy"]["policy"] == calls["push_to_hub"]["policy"] == "policy"
+    assert calls["evaluate_policy"]["policy_uri"] == calls["push_to_hub"]["policy_uri"] != ""
     assert calls["evaluate_policy"]["history"] == "history"
     assert calls["gate"]["evaluation"] == calls["push_to_hub"]["evaluation"] == "evaluation"
     configs = {calls[step]["config"] for step in ("train_ppo", "evaluate_policy", "push_to_hub")}
@@ -197,7 +218,8 @@ def test_every_parameter_reaches_the_steps_as_it_was_given(run: Run) -> None:
     given |= {"pad_max_input_len": 1024, "pad_max_len": 2048, "log_with": "mlflow", "eval_seed": 2**31}
     given |= {"checkpoint_name": "mine", "ppo_shared_layers": 0, "ppo_value_head": given["model_name"]}
     given |= {"reward_sum": {given["reward_model"]: 0.5}, "eval_judge": given["reward_model"]}
-    given |= {"node_cpu": "500m", "node_memory": "64Gi", "node_selector": {"pool": "a"}, "use_habana": False}
+    given |= {"node_cpu": "500m", "node_memory": "64Gi", "node_selector": {"pool": "a"}}
+    given |= {"use_habana": False, "hub_adapter": False}
     calls = run.start(**given)
     expected = encode(decode(given))
     arrived = encode(RunSettings.from_json(calls["train_ppo"]["config"]))

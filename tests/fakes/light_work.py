@@ -51,7 +51,7 @@ def train_on_cards(config, prompts, reference, policy, history, run_id):
     return {"objective/kl": 1.5, "ppo/mean_scores": float("nan")}
 
 
-def evaluate_policy(config, prompts, reference, policy, history, evaluation, report, run_id):
+def evaluate_policy(config, prompts, reference, policy, history, evaluation, report, run_id, policy_uri):
     _called(
         "evaluate_policy",
         config=config,
@@ -60,6 +60,7 @@ def evaluate_policy(config, prompts, reference, policy, history, evaluation, rep
         reference=(reference / "model.safetensors").read_text(),
         policy=(policy / "model.safetensors").read_text(),
         history=history.read_text(),
+        policy_uri=policy_uri,
     )
     _write(evaluation, "evaluation.json", "evaluation")
     report.write_text("<h1>report</h1>")
@@ -71,13 +72,14 @@ def gate(evaluation):
     return os.environ["GATE"] == "true"
 
 
-def push_to_hub(config, policy, evaluation, run_id):
+def push_to_hub(config, policy, evaluation, run_id, policy_uri):
     _called(
         "push_to_hub",
         config=config,
         run_id=run_id,
         policy=(policy / "model.safetensors").read_text(),
         evaluation=(evaluation / "evaluation.json").read_text(),
+        policy_uri=policy_uri,
     )
     return "revision"
 
