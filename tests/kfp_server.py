@@ -12,6 +12,7 @@ import re
 import socket
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -45,9 +46,13 @@ class Refused(Exception):
 
 @dataclass
 class Kfp:
-    """The server, and what it has; ``script`` are the states that a run goes through, one for each look at it."""
+    """The server, and what it has; ``script`` are the states that a run goes through, one for each look at it.
+
+    After ``dead_after`` requests it answers none; ``watch`` is called after each that it did.
+    """
 
     token: str = ""
+    multi_user: bool = False
     experiments: dict[str, Object] = field(default_factory=dict)
     runs: dict[str, Object] = field(default_factory=dict)
     recurring: dict[str, Object] = field(default_factory=dict)
@@ -58,6 +63,8 @@ class Kfp:
     faults: list[Fault] = field(default_factory=list)
     fault_at: dict[int, Fault] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    dead_after: int | None = None
+    watch: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         handler = type("Bound", (_Handler,), {"kfp": self})
@@ -70,16 +77,17 @@ class Kfp:
         self.server.shutdown()
         self.server.server_close()
 
-    def upload(self, pipeline: str, version: str, spec: Object) -> str:
+    def upload(self, pipeline: str, version: str, spec: Object, **more: Any) -> str:
         """Have a pipeline of this name with one more version; returns the version's id."""
-        made = {p["display_name"]: p for p in self.pipelines.values()}.get(pipeline)
+        made = {p["name"]: p for p in self.pipelines.values()}.get(pipeline)
         if made is None:
-            made = {"pipeline_id": str(uuid.uuid4()), "display_name": pipeline, "created_at": NOW}
+            made = {"pipeline_id": str(uuid.uuid4()), "name": pipeline, "display_name": pipeline, "created_at": NOW}
+            made |= more
             self.pipelines[made["pipeline_id"]] = made
         number = len(self.versions)
         name = str(uuid.uuid4())
         self.versions[name] = {
-            "pipeline_id": made["pipeline_id"], "pipeline_version_id": name, "display_name": version,
+            "pipeline_id": made["pipeline_id"], "pipeline_version_id": name, "name": version, "display_name": version,
             "created_at": f"2026-01-01T00:00:{number:02d}Z", "pipeline_spec": spec,
         }  # fmt: skip
         return name
@@ -99,6 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(address.path)
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         self.kfp.asked.append(f"{self.command} {path}")
+        if self.kfp.dead_after is not None and len(self.kfp.asked) > self.kfp.dead_after:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         fault = self.kfp.fault_at.pop(len(self.kfp.asked) - 1, None) or next(
             (f for f in self.kfp.faults if f.times and f.method == self.command and f.path in path), None
         )
@@ -108,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
             if self.kfp.token and self.headers.get("Authorization") != f"Bearer {self.kfp.token}":
                 raise Refused(401, "Request header error: there is no user identity header.")
             found = self._route(path, query, body) if fault is None or fault.takes_effect else None
+            if self.kfp.watch:
+                self.kfp.watch()
             if fault and fault.status == CUT:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -150,13 +164,18 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "POST" and name is None:
             return getattr(self, f"_create_{kind}")(json.loads(body))
         if name is None:
-            if kind == "runs" and "experiment_id" not in query and "namespace" not in query:
-                raise Refused(400, "a list of runs needs an experiment or a namespace")
-            of = [o for o in store.values() if query.get("experiment_id") in (None, o.get("experiment_id"))]
+            if self.kfp.multi_user and kind != "pipelines" and not {"experiment_id", "namespace"} & set(query):
+                raise Refused(400, f"a list of {kind} needs an experiment or a namespace")
+            scopes = [(key, query[key]) for key in ("experiment_id", "namespace") if key in query]
+            of = [o for o in store.values() if all(o.get(key) == value for key, value in scopes)]
             return self._page(of, {"recurringruns": "recurringRuns"}.get(kind, kind), query)
         if name not in store:
             raise Refused(404, f"{kind[:-1]} {name} not found")
         if self.command == "DELETE":
+            if kind == "recurringruns":  # Kubernetes deletes what the recurring run owns: its workflows.
+                for run in self.kfp.runs.values():
+                    if run.get("recurring_run_id") == name and run["state"] == "RUNNING":
+                        run["state"] = "FAILED"
             del store[name]
             return {}
         if verb in ("enable", "disable"):
@@ -170,9 +189,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _page(self, objects: list[Object], label: str, query: dict[str, str]) -> Object:
         wanted = json.loads(query.get("filter") or "{}").get("predicates", [])
         for predicate in wanted:
-            if predicate["operation"] not in ("EQUALS", 1) or predicate["key"] not in ("display_name", "name"):
+            key = {"name": "display_name"}.get(predicate["key"], predicate["key"])
+            if predicate["operation"] not in ("EQUALS", 1) or key not in ("display_name", "recurring_run_id"):
                 raise Refused(400, f"invalid predicate {predicate}")
-            objects = [o for o in objects if o["display_name"] == predicate["stringValue"]]
+            objects = [o for o in objects if o.get(key) == predicate["stringValue"]]
         if query.get("sort_by") == "created_at desc":
             objects = sorted(objects, key=lambda o: o["created_at"], reverse=True)
         # Small pages, so that whoever forgets the next one is found out.
@@ -196,9 +216,13 @@ class _Handler(BaseHTTPRequestHandler):
         return made
 
     def _create_recurringruns(self, body: Object) -> Object:
-        checked("V2beta1RecurringRun", body)
+        checked("V2beta1RecurringRun", {**body, "max_concurrency": str(body.get("max_concurrency"))})  # Either is JSON.
+        if self.kfp.multi_user and not body.get("namespace"):
+            raise Refused(400, "a recurring run needs a namespace")
         if not 1 <= int(body.get("max_concurrency") or 0) <= 10:
-            raise Refused(400, "The max concurrency of a recurring run must be between 1 and 10")
+            raise Refused(400, "Max concurrency of a recurring run must be at least 1 and at most 10")
+        if not re.fullmatch(r"(TZ=\S+ )?(\S+ ){4,5}\S+", body["trigger"]["cron_schedule"]["cron"]):
+            raise Refused(400, "Schedule cron is not a supported format")
         self._check_source(body)
         status = {"ENABLE": "ENABLED", "DISABLE": "DISABLED"}[body["mode"]]
         made = {**body, "recurring_run_id": str(uuid.uuid4()), "created_at": NOW, "status": status}

@@ -159,7 +159,7 @@ def test_a_version_without_a_parameter_is_named_before_a_run_is_made(kfp: Kfp) -
     done = cli(kfp, *NEEDED, "--set", "eval_judge=org/judge", "--pipeline", "mine")
     assert done.returncode == 2 and "eval_judge is no parameter of mine, version v1" in done.stderr
     assert (
-        "v2' is no version of mine; there are: v1" in cli(kfp, *NEEDED, "--pipeline", "mine", "--version", "v2").stderr
+        "v2 is no version of mine; there are: v1" in cli(kfp, *NEEDED, "--pipeline", "mine", "--version", "v2").stderr
     )
     assert "is no pipeline of the server" in cli(kfp, *NEEDED, "--pipeline", "yours").stderr
     assert kfp.runs == {}

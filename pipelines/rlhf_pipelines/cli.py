@@ -1,4 +1,4 @@
-"""The command line: ``rlhf-ppo run | submit | fields | compile | rollback``."""
+"""The command line: ``rlhf-ppo run | submit | schedule | fields | compile | rollback``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,31 @@ example:
 """
 
 
+SCHEDULE_HELP = """\
+Make the recurring runs of a Kubeflow what FILE declares: create, replace, switch on and off, and delete those that bear
+the file's owner. Says what it will do first; a second time changes nothing. A recurring run whose run goes on is
+switched off and stays until that has ended, since KFP would end the run with it. The server is found as by submit.
+
+example of FILE:
+  owner: team-a
+  schedules:
+    - name: nightly
+      cron: "0 0 2 * * *"           # six fields, seconds first
+      time_zone: Europe/Berlin      # default: UTC
+      version: latest               # or a version's name; default: latest, as of each run
+      enabled: true                 # default: true
+      concurrency: 1                # runs at the same time, 1 to 10; default: 1
+      pipeline: rlhf-ppo            # default: rlhf-ppo
+      experiment: rlhf-ppo          # default: rlhf-ppo; made where it is missing
+      service_account: ""           # of the runs' pods; default: KFP's
+      parameters_file: gpu.yaml     # seen from FILE; and preset, as in submit
+      parameters:                   # win over parameters_file
+        model_name: org/model
+        query_dataset: org/prompts
+        reward_model: org/reward
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -70,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlhf-ppo", description="Fine-tune a language model with PPO.")
     parser.add_argument("--version", action="version", version=f"rlhf-ppo {__version__}")
-    kinds = parser.add_subparsers(required=True, metavar="run | submit | fields | compile | rollback")
+    kinds = parser.add_subparsers(required=True, metavar="run | submit | schedule | fields | compile | rollback")
     run = kinds.add_parser(
         "run",
         help="run the whole pipeline on this machine",
@@ -104,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--wait", action="store_true", help="follow the run; exit with 1 where it does not succeed")
     start.add_argument("--timeout", metavar="SECONDS", type=float, default=0.0, help="end --wait after so long")
     start.set_defaults(command=commands.submit)
+    _add_schedule(kinds)
     fields = kinds.add_parser("fields", help="explain every parameter")
     form = fields.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="as Markdown tables")
@@ -149,6 +175,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     back.set_defaults(command=commands.rollback)
     return parser
+
+
+def _add_schedule(kinds: Any) -> None:
+    schedule = kinds.add_parser("schedule", help="make a cluster's recurring runs what a file declares")
+    apply = schedule.add_subparsers(required=True, metavar="apply").add_parser(
+        "apply",
+        help="create, replace, switch and delete what the file's owner owns",
+        description=SCHEDULE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    apply.add_argument("file", metavar="FILE", help="YAML file with the schedules")
+    _add_server(apply)
+    apply.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    apply.add_argument("--yes", action="store_true", help="don't ask before the changes are made")
+    apply.set_defaults(command=commands.schedule)
 
 
 def _add_parameters(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,8 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from rlhf_pipelines.reading import names_in, read_parameters
+from rlhf_pipelines.reading import told
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.parameters import defaults
 
@@ -42,7 +41,7 @@ def compile(given: argparse.Namespace) -> int:
 
 def submit(given: argparse.Namespace) -> int:
     """Start a run on a cluster, and follow it where that is asked for. Returns the exit code."""
-    parameters = _told(given)
+    parameters = told(given.preset, given.parameters, given.set)
     from rlhf_pipelines import submit as work
     from rlhf_pipelines.compile import packaged
     from rlhf_pipelines.kubeflow import KubeflowError, connect
@@ -72,15 +71,34 @@ def submit(given: argparse.Namespace) -> int:
     return 0 if outcome.state == "SUCCEEDED" else 1
 
 
-def _told(given: argparse.Namespace) -> dict[str, Any]:
-    """The parameters to send: a package may have other defaults, an image, so what was not given stays away."""
-    usual, values = defaults(), read_parameters(given.preset, given.parameters, given.set)
-    named = {text.partition("=")[0] for text in given.set} | names_in(given.parameters)
-    return {name: value for name, value in values.items() if name in named or value != usual[name]}
-
-
 def _now() -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S')}-{secrets.token_hex(2)}"
+
+
+def schedule(given: argparse.Namespace) -> int:
+    """Make the recurring runs of a cluster what a file declares. Returns the exit code."""
+    from rlhf_pipelines import reconcile
+    from rlhf_pipelines.kubeflow import KubeflowError, connect
+    from rlhf_pipelines.schedules import read_schedules
+
+    owner, schedules = read_schedules(given.file)
+    try:
+        server = connect(given.host, given.namespace, given.kube_context, given.ca_cert)
+        changes = reconcile.plan(server, owner, schedules)
+        print("\n".join(map(str, changes)) or "nothing to change")
+        if given.dry_run or all(change.kind == "wait" for change in changes):
+            return 0
+        if not given.yes:
+            if not sys.stdin.isatty():
+                raise InputError("nobody can be asked here: add --yes to make these changes")
+            if input("make these changes? [y/N] ").strip().lower() not in ("y", "yes"):
+                print("nothing was changed")
+                return 1
+        reconcile.apply(server, changes, print)
+    except KubeflowError as error:
+        print(f"rlhf-ppo: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def rollback(given: argparse.Namespace) -> int:

@@ -30,7 +30,11 @@ Found = TypeVar("Found")
 
 
 class KubeflowError(RuntimeError):
-    """The KFP API server refuses what is asked, or doesn't answer."""
+    """The KFP API server refuses what is asked, with an HTTP ``status``, or doesn't answer (0)."""
+
+    def __init__(self, words: str, status: int = 0) -> None:
+        super().__init__(words)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Server:
                 return call(_request_timeout=ANSWER, **named)
             except (ApiException, HTTPError) as error:
                 if not temporary(error):
-                    raise KubeflowError(f"{doing}: {_reason(error)}{_helps(error)}") from None
+                    raise KubeflowError(f"{doing}: {_reason(error)}{_helps(error)}", _status(error)) from None
                 if number == TRIES - 1:
                     raise KubeflowError(f"{doing}: the KFP API server does not answer: {_reason(error)}") from None
             time.sleep(_pause(number))
@@ -83,11 +87,19 @@ class Server:
             except (ApiException, HTTPError) as error:
                 # 409: somebody else has made it since.
                 if not temporary(error) and getattr(error, "status", None) != 409:
-                    raise KubeflowError(f"{doing}: {_reason(error)}{_helps(error)}") from None
+                    raise KubeflowError(f"{doing}: {_reason(error)}{_helps(error)}", _status(error)) from None
                 if number == TRIES - 1:
                     raise KubeflowError(f"{doing}: the KFP API server does not answer: {_reason(error)}") from None
             time.sleep(_pause(number))
         raise AssertionError("unreachable")
+
+    def remove(self, doing: str, call: Callable[..., Any], **named: Any) -> None:
+        """Ask for a deletion; what is gone already is deleted."""
+        try:
+            self.ask(doing, call, **named)
+        except KubeflowError as error:
+            if error.status != 404:
+                raise
 
     def text(self, path: str) -> str:
         """What the server answers to a path that its client doesn't know; empty where it gives nothing."""
@@ -163,9 +175,9 @@ def connect(host: str = "", namespace: str = "", kube_context: str = "", ca_cert
     return Server(client, namespace, f"{host.rstrip('/')}/#" if host else "")
 
 
-def called(name: str) -> str:
-    """A filter of list calls: what has exactly this name."""
-    return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
+def called(name: str, key: str = "display_name") -> str:
+    """A filter of list calls: what has exactly this name, or this text in another field."""
+    return json.dumps({"predicates": [{"operation": "EQUALS", "key": key, "stringValue": name}]})
 
 
 def temporary(error: Any) -> bool:
@@ -173,6 +185,10 @@ def temporary(error: Any) -> bool:
     from kfp_server_api.exceptions import ApiException
 
     return not isinstance(error, ApiException) or not error.status or error.status in TRANSIENT
+
+
+def _status(error: Any) -> int:
+    return int(getattr(error, "status", None) or 0)
 
 
 def _reason(error: Any) -> str:

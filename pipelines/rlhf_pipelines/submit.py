@@ -48,32 +48,36 @@ def stored(server: Server, pipeline: str, version: str, given: Mapping[str, Any]
 
     Raises InputError where there is none, or where it has no such parameters as ``given``.
     """
-    scope = {"namespace": server.namespace} if server.namespace else {}
-    api = server.client.pipelines
-    doing = f"look for the pipeline {pipeline}"
-    call = api.pipeline_service_list_pipelines
-    found = next(server.all(doing, call, "pipelines", filter=called(pipeline), **scope), None)
+    found = _pipeline(server, pipeline)
     if found is None:
-        raise InputError(f"--pipeline={pipeline!r} is no pipeline of the server: upload it, or leave --pipeline out")
-    versions = list(
-        server.all(
-            f"list the versions of {pipeline}",
-            api.pipeline_service_list_pipeline_versions,
-            "pipeline_versions",
-            pipeline_id=found.pipeline_id,
-            sort_by="created_at desc",
-        )
-    )
-    chosen = next((one for one in versions if version in ("latest", one.display_name, one.pipeline_version_id)), None)
+        raise InputError(f"{pipeline} is no pipeline of the server: upload or apply it first, or check its name")
+    call = server.client.pipelines.pipeline_service_list_pipeline_versions
+    listed = {"pipeline_id": found.pipeline_id, "sort_by": "created_at desc"}
+    versions = list(server.all(f"list the versions of {pipeline}", call, "pipeline_versions", **listed))
+    chosen = next((one for one in versions if version in ("latest", *_names(one), one.pipeline_version_id)), None)
     if chosen is None:
         names = ", ".join(one.display_name for one in versions) or "none"
-        raise InputError(f"--version={version!r} is no version of {pipeline}; there are: {names}")
+        raise InputError(f"{version} is no version of {pipeline}; there are: {names}")
     problems = [
         f"{name} is no parameter of {pipeline}, version {chosen.display_name}" for name in _unknown(chosen, given)
     ]
     if problems:
         raise InputError(problems)
     return Source(pipeline_id=str(found.pipeline_id), version_id=str(chosen.pipeline_version_id))
+
+
+def _pipeline(server: Server, name: str) -> Any:
+    """The pipeline of this name in the namespace, else the shared one; a pipeline made by Kubernetes has two names."""
+    call = server.client.pipelines.pipeline_service_list_pipelines
+    for scope in [{"namespace": server.namespace}, {}] if server.namespace else [{}]:
+        for found in server.all(f"look for the pipeline {name}", call, "pipelines", **scope):
+            if name in _names(found):
+                return found
+    return None
+
+
+def _names(found: Any) -> tuple[str, str]:
+    return found.name, found.display_name
 
 
 def _unknown(version: Any, given: Mapping[str, Any]) -> list[str]:
