@@ -18,8 +18,9 @@ from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, gene
 from rlhf_ppo.ppo.experience import Update
 from rlhf_ppo.ppo.generation import Generated, draw
 from rlhf_ppo.ppo.loop import batch_rows
-from rlhf_ppo.ppo.models import Sequences, decoder_start, response_logits
+from rlhf_ppo.ppo.models import decoder_start, response_logits
 from rlhf_ppo.ppo.rollout import Rollout, batches_by_length, response_logprobs, score_with_policy
+from rlhf_ppo.ppo.sequences import Sequences
 from tiny_models import bart, gemma2, gpt2, llama, neox, queries, qwen2, t5, word_tokenizer
 
 ARCHITECTURES = [llama, gpt2, gemma2, neox, qwen2, t5, bart]

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.devices import Device
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling, generation, rollout
-from rlhf_ppo.ppo.models import Sequences
 from rlhf_ppo.ppo.optimization import Optimization
 from rlhf_ppo.ppo.rollout import Rollout, score_with_policy
+from rlhf_ppo.ppo.sequences import Sequences
 from rlhf_ppo.ppo.setup import Adam, adam, step_unless
 from tiny_models import bart, gemma2, gpt2, llama, neox, queries, qwen2, t5, word_tokenizer
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling
 from rlhf_ppo.ppo.experience import Experience
-from rlhf_ppo.ppo.models import Padding, Sequences, ValueHead
+from rlhf_ppo.ppo.models import ValueHead
 from rlhf_ppo.ppo.rollout import score_with_policy
+from rlhf_ppo.ppo.sequences import Padding, Sequences
 from rlhf_ppo.ppo.tensors import pad_rows
 from rlhf_ppo.ppo_training.policy_files import read_value_head
 from tiny_models import word_tokenizer

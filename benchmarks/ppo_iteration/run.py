@@ -34,7 +34,9 @@ NOT_COMPARED = ("time/", "env/", "tokens/", "ppo/val/var_explained", "ppo/policy
 class Worker:
     """A process that answers commands."""
 
-    def __init__(self, python: str, script: str, workload: str, model: Path, exchange: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self, python: str, script: str, workload: str, model: Path, exchange: Path, env: dict[str, str]
+    ) -> None:
         command = [python, str(HERE / script), workload, str(model), str(exchange)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, env={**os.environ, **env}, **pipes)  # type: ignore[call-overload]
@@ -84,7 +86,9 @@ def write_value_head(model: Path, exchange: Path) -> None:
     """A value head for both: TRL's start is random, ours zero."""
     hidden = json.loads((model / "config.json").read_text())["hidden_size"]
     weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)) * 0.02
-    save_file({"v_head.summary.weight": weight, "v_head.summary.bias": torch.zeros(1)}, exchange / "value_head.safetensors")
+    save_file(
+        {"v_head.summary.weight": weight, "v_head.summary.bias": torch.zeros(1)}, exchange / "value_head.safetensors"
+    )
 
 
 def differences(ours: dict[str, float], trls: dict[str, float], exchange: Path) -> tuple[str, float, float]:
@@ -123,7 +127,11 @@ def floors(workload: Workload, model: Path, gflops: float, gbytes: float) -> dic
     """
     config = json.loads((model / "config.json").read_text())
     head = config["vocab_size"] * config["hidden_size"]
-    trunk = sum(value.numel() for name, value in load_file(model / "model.safetensors").items() if "embed" not in name and "lm_head" not in name)
+    trunk = sum(
+        value.numel()
+        for name, value in load_file(model / "model.safetensors").items()
+        if "embed" not in name and "lm_head" not in name
+    )
     prompts, responses = (sum(column) for column in zip(*workload.lengths(), strict=True))
     weights = 4e-9 * (trunk + head)
     pass_forward = 2e-9 * (trunk * (prompts + responses - workload.batch_size) + head * responses)
@@ -155,7 +163,10 @@ def measure(name: str, pairs: int, trl: str, model: Path, threads: int) -> dict[
             order = (ours, theirs) if number % 2 else (theirs, ours)
             answers = {id(worker): worker.ask("iterate", number=number) for worker in order}
             rounds.append((answers[id(ours)], answers[id(theirs)]))
-            print(f"  {name} {number}: ours {rounds[-1][0]['total']:.2f} s, TRL {rounds[-1][1]['total']:.2f} s", flush=True)
+            print(
+                f"  {name} {number}: ours {rounds[-1][0]['total']:.2f} s, TRL {rounds[-1][1]['total']:.2f} s",
+                flush=True,
+            )
         ours.close()
         theirs.close()
     return {**found, "rounds": rounds}
@@ -179,7 +190,10 @@ def report(name: str, found: dict[str, Any], floor: dict[str, float]) -> None:
     peaks = [max(pair[side]["peak_mb"] for pair in rounds) for side in (1, 0)]
     print(f"peak memory, MB: TRL {peaks[0]:.0f}, ours {peaks[1]:.0f}: {peaks[1] / peaks[0]:.2f} of TRL's")
     worst, apart, gradients = found["check"]
-    print(f"the same step: {worst} statistics differs most, by {apart:.1e}; gradients by {gradients:.1e} of their norm", flush=True)
+    print(
+        f"the same step: {worst} statistics differs most, by {apart:.1e}; gradients by {gradients:.1e} of their norm",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -189,7 +203,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--cpu-time", action="store_true", help="CPU seconds of the processes, where a machine is busy; with --threads 1"
+        "--cpu-time",
+        action="store_true",
+        help="CPU seconds of the processes, where a machine is busy; with --threads 1",
     )
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["W1", "W2", "W3"])
     parser.add_argument("--models", type=Path, default=Path("runs/bench-models"), help="where the models are made")

@@ -67,7 +67,12 @@ def iterate(asked: dict[str, Any]) -> dict[str, Any]:
     stats = TRAINER.step(QUERIES, responses, WORKLOAD.scores())
     ended = time.perf_counter()
     update = float(stats["time/ppo/optimize_step"])
-    return {"rollout": sampled - started, "scoring": ended - sampled - update, "update": update, "total": ended - started}
+    return {
+        "rollout": sampled - started,
+        "scoring": ended - sampled - update,
+        "update": update,
+        "total": ended - started,
+    }
 
 
 def check(_: dict[str, Any]) -> dict[str, Any]:

@@ -92,8 +92,13 @@ class Device:
     def set_random_states(self, states: list[torch.Tensor]) -> None:
         """The inverse of ``random_states``."""
 
-    def fuse(self, model: nn.Module) -> None:
-        """Give layers of ``model`` the device's own fused code, where its vendor has some that is a drop-in."""
+    def fuse(self, model: nn.Module, *, alone: bool = False) -> None:
+        """Give layers of ``model`` the device's own faster code, a drop-in; ``alone`` where one process trains."""
+        if self.device.type == "cpu":
+            from rlhf_ppo.ppo import cpu
+
+            cpu.keep_memory()
+            cpu.fuse(model, alone=alone)
 
     def training(self, model: nn.Module) -> nn.Module:
         """``model`` as it is called in updates with static shapes."""
@@ -209,7 +214,7 @@ class Hpu(Device):
         """The inverse of ``random_states``."""
         self.hpu.set_rng_state_all([state.cpu() for state in states])
 
-    def fuse(self, model: nn.Module) -> None:
+    def fuse(self, model: nn.Module, *, alone: bool = False) -> None:
         """RMSNorm from optimum-habana, where that is installed; its other fused code changes what a forward pass takes.
 
         Raises InputError where it is installed but can't be imported.

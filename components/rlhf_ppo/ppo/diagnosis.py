@@ -9,8 +9,8 @@ from torch import nn
 
 from rlhf_ppo.ppo.experience import Experience
 from rlhf_ppo.ppo.generation import Sampling
-from rlhf_ppo.ppo.models import Padding
 from rlhf_ppo.ppo.rollout import response_entropies
+from rlhf_ppo.ppo.sequences import Padding
 from rlhf_ppo.ppo.tensors import masked_mean, pad_rows
 
 SUSPICIOUS = 3.0

@@ -13,16 +13,15 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf_ppo.ppo.models import (
-    Padding,
     ValueHead,
     accepts,
-    check_lengths,
     decoder_output,
     decoder_start,
     device_of,
     evaluating,
     head_input,
 )
+from rlhf_ppo.ppo.sequences import Padding, check_lengths
 from rlhf_ppo.ppo.tensors import length_mask, pad_rows
 
 ASKED_EVERY = 8

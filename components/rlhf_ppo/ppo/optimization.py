@@ -12,7 +12,8 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.devices import Device
 from rlhf_ppo.ppo.experience import Experience, Update
 from rlhf_ppo.ppo.losses import ppo_loss
-from rlhf_ppo.ppo.models import Padding, PolicyWithValueHead, Sequences, device_of, evaluating
+from rlhf_ppo.ppo.models import PolicyWithValueHead, device_of, evaluating
+from rlhf_ppo.ppo.sequences import Padding, Sequences
 from rlhf_ppo.ppo.setup import step_unless
 from rlhf_ppo.ppo.sharding import everywhere
 from rlhf_ppo.ppo.tensors import Reduce, pad_rows
@@ -27,14 +28,15 @@ class Minibatches:
     """The batch of an update on the device; with ``padding`` all of it, ready, so that minibatches are only chosen."""
 
     def __init__(
-        self, experience: Experience, padding: Padding | None, decoder_start: int | None, device: torch.device
+        self, experience: Experience, padding: Padding | None, policy: PolicyWithValueHead, device: torch.device
     ) -> None:
-        self.experience, self.decoder_start, self.device = experience, decoder_start, device
+        self.experience, self.decoder_start, self.device = experience, policy.decoder_start, device
+        self.packed = padding is None and policy.packs
         self.tables = {name: getattr(experience, name).to(device) for name in LEARNED_FROM}
         rollout = experience.rollout
         self.whole: Sequences | None = None
         if padding is not None:
-            self.whole = Sequences.of(rollout.queries, rollout.responses, padding, decoder_start).to(device)
+            self.whole = Sequences.of(rollout.queries, rollout.responses, padding, policy.decoder_start).to(device)
 
     def of(self, rows: list[int]) -> tuple[Sequences, list[int] | None, dict[str, Tensor]]:
         """The sequences of ``rows``, how many tokens each has (None: equally many), and (rows, tokens) tables."""
@@ -43,9 +45,8 @@ class Minibatches:
         if self.whole is not None:
             return self.whole.select(chosen), None, tables
         queries, responses = self.experience.rollout.queries, self.experience.rollout.responses
-        sequences = Sequences.of(
-            [queries[row] for row in rows], [responses[row] for row in rows], None, self.decoder_start
-        )
+        of_rows = [queries[row] for row in rows], [responses[row] for row in rows]
+        sequences = Sequences.of(*of_rows, None, self.decoder_start, self.packed)
         lengths = [len(responses[row]) for row in rows]
         return sequences.to(self.device), lengths, {name: table[:, : max(lengths)] for name, table in tables.items()}
 
@@ -121,7 +122,7 @@ class Optimization:
 
     def _on_device(self, experience: Experience) -> Minibatches:
         if self.minibatches is None or self.minibatches.experience is not experience:
-            self.minibatches = Minibatches(experience, self.padding, self.policy.decoder_start, self.device)
+            self.minibatches = Minibatches(experience, self.padding, self.policy, self.device)
         return self.minibatches
 
     def _minibatch(self, update: Update, minibatches: Minibatches, rows: list[int]) -> Tensor:

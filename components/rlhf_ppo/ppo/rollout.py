@@ -10,15 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ppo.ppo.advantages import full_kl
-from rlhf_ppo.ppo.models import (
-    Padding,
-    PolicyWithValueHead,
-    Sequences,
-    decoder_start,
-    device_of,
-    evaluating,
-    response_logits,
-)
+from rlhf_ppo.ppo.models import PolicyWithValueHead, decoder_start, device_of, evaluating, response_logits
+from rlhf_ppo.ppo.packing import packs
+from rlhf_ppo.ppo.sequences import Padding, Sequences
 from rlhf_ppo.ppo.tensors import logprob_and_entropy, token_logprobs
 
 SCORING_TOKENS = 1024
@@ -61,8 +55,9 @@ def _batches(
     responses: Sequence[Tensor],
     padding: Padding | None,
     model: nn.Module,
+    packed: bool,
 ) -> Iterator[tuple[list[int], Sequences]]:
-    """Row numbers in batches, with what ``model`` reads of them, on its device.
+    """Row numbers in batches, with what ``model`` reads of them, ``packed`` or not, on its device.
 
     With static shapes all batches have as many rows; the first row fills the last batch up, and counts once.
     """
@@ -74,7 +69,8 @@ def _batches(
     start, device = decoder_start(model), device_of(model)
     for rows in batches_by_length(lengths, SCORING_TOKENS):
         whole = rows + rows[:1] * (size - len(rows))
-        sequences = Sequences.of([queries[row] for row in whole], [responses[row] for row in whole], padding, start)
+        of_batch = [queries[row] for row in whole], [responses[row] for row in whole]
+        sequences = Sequences.of(*of_batch, padding, start, packed)
         yield rows, sequences.to(device)
 
 
@@ -130,7 +126,7 @@ def response_logprobs(
     """
     found = _Rows(responses, padding)
     with evaluating(model):
-        for rows, sequences in _batches(queries, responses, padding, model):
+        for rows, sequences in _batches(queries, responses, padding, model, packs(model)):
             if scorer is not None:
                 logprobs = scorer(
                     sequences.input_ids,
@@ -160,7 +156,7 @@ def score_with_policy(
     """The rollout of responses that were sampled elsewhere."""
     logprobs, values = _Rows(responses, padding), _Rows(responses, padding)
     with evaluating(policy):
-        for rows, sequences in _batches(queries, responses, padding, policy.pretrained_model):
+        for rows, sequences in _batches(queries, responses, padding, policy.pretrained_model, policy.packs):
             logp, value, _ = policy(sequences, temperature)
             logprobs.place(rows, logp)
             values.place(rows, value)
@@ -174,7 +170,7 @@ def critic_values(
     """The separate critic's value before every response token, one 1-D row per response."""
     found = _Rows(responses, padding)
     with evaluating(policy):
-        for rows, sequences in _batches(queries, responses, padding, policy.pretrained_model):
+        for rows, sequences in _batches(queries, responses, padding, policy.pretrained_model, policy.packs):
             found.place(rows, policy.critic_values(sequences))
     return found.found
 
@@ -191,7 +187,7 @@ def response_entropies(
     """Log-probability and entropy (nats) at every response token under ``model``; 1-D rows."""
     logprobs, entropies = _Rows(responses, padding), _Rows(responses, padding)
     with evaluating(model):
-        for rows, sequences in _batches(queries, responses, padding, model):
+        for rows, sequences in _batches(queries, responses, padding, model, packs(model)):
             logits, _ = response_logits(model, sequences)
             logp, entropy = logprob_and_entropy(logits / temperature, sequences.tokens)
             logprobs.place(rows, logp)
@@ -214,8 +210,10 @@ def response_full_kl(
     ``reference`` opens a context that gives the reference model (which may be the policy without its adapters).
     """
     found = _Rows(responses, padding)
+    with reference() as model:
+        packed = packs(policy) and packs(model)
     with evaluating(policy):
-        for rows, sequences in _batches(queries, responses, padding, policy):
+        for rows, sequences in _batches(queries, responses, padding, policy, packed):
             logits, _ = response_logits(policy, sequences)
             with reference() as model:
                 ref_logits, _ = response_logits(model, sequences)

@@ -30,7 +30,7 @@ from rlhf_ppo.ppo.experience import (
 )
 from rlhf_ppo.ppo.generation import Sampling, draw, sample
 from rlhf_ppo.ppo.kl_control import KLController, RunningMoments
-from rlhf_ppo.ppo.models import Padding, PolicyWithValueHead
+from rlhf_ppo.ppo.models import PolicyWithValueHead
 from rlhf_ppo.ppo.optimization import SKIPPED, Optimization
 from rlhf_ppo.ppo.rollout import (
     Rollout,
@@ -40,6 +40,7 @@ from rlhf_ppo.ppo.rollout import (
     response_logprobs,
     score_with_policy,
 )
+from rlhf_ppo.ppo.sequences import Padding
 from rlhf_ppo.ppo.setup import adam, make_accelerator, restore, state_of
 from rlhf_ppo.ppo.sharding import Sharding
 from rlhf_ppo.ppo.statistics import Clock, batch_statistics
@@ -105,7 +106,7 @@ class PPOTrainer:
         self.policy = policy
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
         for model in [policy] if reference is None else [policy, reference]:
-            self.on.fuse(model)
+            self.on.fuse(model, alone=self.accelerator.num_processes == 1)
         self.sharding: Sharding | None = None
         if sharded and self.accelerator.num_processes > 1:
             if not config.pad_for_acceleration or optimizer is not None:
