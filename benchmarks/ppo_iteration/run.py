@@ -92,7 +92,7 @@ def write_value_head(model: Path, exchange: Path) -> None:
 
 
 def differences(ours: dict[str, float], trls: dict[str, float], exchange: Path) -> tuple[str, float, float]:
-    """The statistic that differs most and by how much, relative to its size (at least 1), and the gradients' difference."""
+    """The statistic that differs most, and by how much, relative to its size (at least 1); and the gradients."""
     shared = [name for name in ours if name in trls and not name.startswith(NOT_COMPARED)]
     by = {name: abs(ours[name] - trls[name]) / max(abs(trls[name]), 1.0) for name in shared}
     worst = max(by, key=lambda name: by[name])
@@ -157,6 +157,11 @@ def measure(name: str, pairs: int, trl: str, model: Path, threads: int) -> dict[
         assert lengths == [response for _, response in workload.lengths()], lengths
         checked = ours.ask("check"), theirs.ask("check")
         found: dict[str, Any] = {"check": differences(checked[0]["stats"], checked[1]["stats"], exchange)}
+        # What is measured starts anew: the check keeps gradients, which counts in the peak of memory.
+        for worker in (ours, theirs):
+            worker.close()
+        ours = Worker(sys.executable, "our_worker.py", name, model, exchange, env)
+        theirs = Worker(trl, "trl_worker.py", name, model, exchange, env)
         rounds = []
         for number in range(1, pairs + 1):
             # Who goes first takes turns as well.

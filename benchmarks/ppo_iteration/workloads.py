@@ -1,4 +1,4 @@
-"""The workloads, and how a worker talks to the benchmark; read by both environments, so only torch and the standard library."""
+"""The workloads, and how a worker talks to the benchmark; both environments read this: torch and nothing more."""
 
 from __future__ import annotations
 

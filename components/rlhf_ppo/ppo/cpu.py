@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -45,9 +47,26 @@ def fuse(model: nn.Module, *, alone: bool) -> None:
         if module.weight.numel() >= LEAST_WEIGHTS:
             module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
     tied = {id(module.weight) for module in linear} if alone else set()
-    for module in model.modules():
-        if type(module) is nn.Embedding and id(module.weight) in tied:
-            module.forward = MethodType(_lookup, module)  # type: ignore[method-assign]
+    for embedding in model.modules():
+        if type(embedding) is nn.Embedding and id(embedding.weight) in tied:
+            embedding.forward = MethodType(_lookup, embedding)  # type: ignore[method-assign]
+
+
+@contextmanager
+def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
+    """Lay the weights of ``model``'s linear layers out anew, inside, for sampling with ``rows`` tokens at a time.
+
+    That takes the memory of the weights once more, which gradients have at other times.
+    """
+    found = [module for module in model.modules() if getattr(module.forward, "__func__", None) is _linear]
+    try:
+        for module in found:
+            weight: Any = module.weight
+            module._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        yield
+    finally:
+        for module in found:
+            module.__dict__.pop("_packed", None)
 
 
 def _linear(module: nn.Linear, states: Tensor) -> Tensor:
@@ -57,7 +76,7 @@ def _linear(module: nn.Linear, states: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         found: Tensor = _Linear.apply(states, module.weight, module.bias)
         return found
-    return _product(states, module.weight, module.bias)
+    return _product(states, module.__dict__.get("_packed", module.weight), module.bias)
 
 
 def _product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

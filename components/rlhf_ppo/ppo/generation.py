@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from rlhf_ppo.ppo.cpu import prepacked
 from rlhf_ppo.ppo.models import (
     ValueHead,
     accepts,
@@ -26,6 +27,9 @@ from rlhf_ppo.ppo.tensors import length_mask, pad_rows
 
 ASKED_EVERY = 8
 """With fixed shapes: the tokens after which the host asks whether all responses have ended."""
+
+PREPACKED_FROM = 8
+"""The tokens from which it pays, on a CPU, to lay the weights out for sampling."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ def sample(
     so, given whether all responses have ended. ``mark_step`` is called after every token.
     """
     done = Generated()
-    with evaluating(model):
+    size = min(batch_size, len(queries))
+    with evaluating(model), prepacked(model, size) if sampling.max_new_tokens >= PREPACKED_FROM else nullcontext():
         for start in range(0, len(queries), batch_size):
             chunk = slice(start, start + batch_size)
             part, here = list(queries[chunk]), uniform[chunk]
@@ -95,7 +100,7 @@ def sample(
                 found = _Decoding(model, part, sampling, here, value_head).run(mark_step)
             else:
                 # The first row fills the last batch up, and counts once.
-                missing = min(batch_size, len(queries)) - len(part)
+                missing = size - len(part)
                 whole, numbers = part + part[:1] * missing, torch.cat([here, here[:1].expand(missing, -1)])
                 found = _FixedDecoding(model, whole, sampling, numbers, value_head, padding, agreed).run(mark_step)
             done.responses += found.responses[: len(part)]

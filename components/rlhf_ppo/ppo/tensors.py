@@ -63,12 +63,16 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logsumexp = torch.logsumexp(logits, -1)
-        logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logsumexp
-        probs = torch.exp(logits - logsumexp[:, None])
+        highest = logits.amax(-1, keepdim=True)
+        shifted = logits - highest
+        probs = shifted.exp()
+        sums = probs.sum(-1, keepdim=True)
+        logsumexp = sums.log().squeeze(-1)
+        logprobs = shifted.gather(-1, tokens[:, None]).squeeze(-1) - logsumexp
+        probs.div_(sums)
         # entropy = logsumexp - E[logits]; entries of -inf have probability 0 and count nothing
-        expected = torch.einsum("nv,nv->n", probs, logits.clamp(min=torch.finfo(logits.dtype).min))
-        entropy = logsumexp - expected
+        shifted.clamp_(min=torch.finfo(logits.dtype).min)
+        entropy = logsumexp - torch.einsum("nv,nv->n", probs, shifted)
         ctx.save_for_backward(probs, tokens)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy

@@ -1,0 +1,166 @@
+"""The faster operations of a CPU give the numbers of torch's own, and memory that is kept is not asked for again."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from rlhf_ppo.ppo import cpu
+from rlhf_ppo.ppo.generation import Sampling, draw, sample
+from rlhf_ppo.ppo.models import PolicyWithValueHead
+from rlhf_ppo.ppo.sequences import Sequences
+from tiny_models import llama, queries, qwen2
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 1)
+
+
+def learned(model: nn.Module, passes: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probabilities, and gradients added up over passes."""
+    policy = PolicyWithValueHead(model)
+    rows = queries(3, 5, 2), queries(4, 2, 6, seed=2)
+    for _ in range(passes):
+        logprobs, _, _ = policy(Sequences.of(*rows, packed=True))
+        (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logprobs.detach(), found
+
+
+def assert_same(model: nn.Module, passes: int = 2) -> dict[str, Tensor]:
+    fused = copy.deepcopy(model)
+    cpu.fuse(fused, alone=True)
+    logprobs, gradients = learned(model, passes)
+    of_fused, by_name = learned(fused, passes)
+    assert torch.allclose(of_fused, logprobs, atol=1e-5)
+    assert set(by_name) == set(gradients)
+    for name, gradient in gradients.items():
+        assert torch.allclose(by_name[name], gradient, rtol=1e-4, atol=1e-6), name
+    return by_name
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[None]:
+    """Grows with each use of an operation of ours."""
+    seen: list[None] = []
+    apply = kind.apply  # type: ignore[attr-defined]
+    monkeypatch.setattr(kind, "apply", lambda *given: (seen.append(None), apply(*given))[1])
+    return seen
+
+
+def test_linear_layers_with_and_without_biases_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls(monkeypatch, cpu._Linear)
+    assert_same(qwen2())
+    assert len(seen) == 2 * (2 * 7 + 1)
+
+
+@pytest.mark.parametrize("passes", (1, 3))
+def test_tied_embeddings_have_the_same_gradient_also_where_gradients_add_up(
+    passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, model = calls(monkeypatch, cpu._Lookup), qwen2()
+    # The row of padding learns as a target, never as an input.
+    assert model.get_input_embeddings().padding_idx == 0
+    assert "model.embed_tokens.weight" in assert_same(model, passes)
+    assert len(seen) == passes
+
+
+def test_a_tied_embedding_learns_where_the_head_is_not_used() -> None:
+    model = qwen2()
+    cpu.fuse(model, alone=True)
+    ids = torch.tensor([[5, 9, 5]])
+    model.model.embed_tokens(ids).sum().backward()
+    gradient = model.model.embed_tokens.weight.grad
+    assert gradient[:, 0].nonzero().flatten().tolist() == [5, 9] and gradient[5, 0] == 2
+
+
+def test_embeddings_of_their_own_and_those_of_many_processes_stay_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls(monkeypatch, cpu._Lookup)
+    apart, tied = llama(), qwen2()
+    cpu.fuse(apart, alone=True)
+    cpu.fuse(tied, alone=False)
+    learned(apart)
+    learned(tied)
+    assert not seen
+
+
+def test_adapters_learn_the_same_and_what_is_frozen_nothing() -> None:
+    def adapted() -> nn.Module:
+        torch.manual_seed(0)
+        found: nn.Module = get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for name, parameter in found.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+        return found
+
+    assert all("lora" in name for name in assert_same(adapted()))
+
+
+def test_other_precisions_go_torch_s_way() -> None:
+    model = llama().to(torch.bfloat16)
+    before = model(torch.arange(3, 9)[None]).logits
+    cpu.fuse(model, alone=True)
+    assert torch.equal(model(torch.arange(3, 9)[None]).logits, before)
+    cast = llama()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = cast(torch.arange(3, 9)[None]).logits
+        cpu.fuse(cast, alone=True)
+        assert torch.equal(cast(torch.arange(3, 9)[None]).logits, before)
+
+
+@pytest.mark.parametrize("rows", (1, 3, 70))
+def test_weights_laid_out_for_sampling_sample_the_same(rows: int) -> None:
+    model = llama()
+    asked = queries(*([4, 2, 7] * 30)[:rows])
+    uniform = draw(rows, 9, torch.Generator().manual_seed(0))
+    plain = sample(model, asked, Sampling(9), uniform)
+    cpu.fuse(model, alone=True)
+    packed = sample(model, asked, Sampling(9), uniform)
+    for one, two in zip(plain.responses, packed.responses, strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(plain.logprobs, packed.logprobs, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_weights_are_laid_out_anew_after_they_changed_and_not_kept() -> None:
+    model = llama()
+    cpu.fuse(model, alone=True)
+    states = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    for factor in (1.0, 2.0):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(factor)
+            expected = states @ model.lm_head.weight.T
+            with cpu.prepacked(model, 3):
+                assert torch.allclose(model.lm_head(states), expected, atol=1e-5)
+                assert model.lm_head._packed.is_mkldnn
+            assert "_packed" not in vars(model.lm_head)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there")
+def test_memory_that_was_given_back_is_not_taken_from_the_kernel_again() -> None:
+    script = """
+import resource, sys, torch
+from rlhf_ppo.ppo import cpu
+if sys.argv[1] == "kept":
+    cpu.keep_memory()
+for _ in range(3):
+    torch.zeros(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.zeros(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    }
+    # 64 MiB are 16,384 pages, or 32 large ones.
+    assert faults["kept"] < 100 and faults["kept"] < faults["given back"], faults
