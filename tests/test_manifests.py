@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from rlhf_pipelines.cli import read_parameters
+from rlhf_pipelines.reading import read_parameters
+from rlhf_pipelines.schedules import read_schedules
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = ROOT / "manifests"
@@ -218,19 +219,17 @@ def test_a_schedule_is_one_that_kfp_takes_with_parameters_that_the_pipeline_take
     (config,) = of_kind(f"overlays/{pool}", "ConfigMap")
     for name, text in config["data"].items():
         (tmp_path / name).write_text(text)
-    keys = {"name", "cron", "time_zone", "enabled", "concurrency", "pipeline", "version", "experiment"}
-    for schedule in yaml.safe_load(config["data"]["schedules.yaml"])["schedules"]:
-        assert set(schedule) == keys | {"parameters_file", "parameters"}
-        assert re.fullmatch(r"([0-9*/,?-]+ ){5}[0-9A-Z*/,?-]+", schedule["cron"])
-        assert schedule["time_zone"] in zoneinfo.available_timezones()
-        assert schedule["enabled"] is False and 1 <= schedule["concurrency"] <= 10
-        assert schedule["pipeline"] == of_kind("base", "Pipeline")[0]["metadata"]["name"]
+    owner, schedules = read_schedules(str(tmp_path / "schedules.yaml"))
+    assert owner == f"rlhf-ppo-{pool}" and schedules
+    for schedule in schedules:
+        assert re.fullmatch(r"([0-9*/,?-]+ ){5}[0-9A-Z*/,?-]+", schedule.cron)
+        assert schedule.time_zone in zoneinfo.available_timezones()
+        assert schedule.enabled is False and 1 <= schedule.concurrency <= 10
+        assert schedule.pipeline == of_kind("base", "Pipeline")[0]["metadata"]["name"]
         versions = [each["metadata"]["name"] for each in of_kind("base", "PipelineVersion")]
-        assert schedule["version"] in ["latest", *versions]
-        merged = yaml.safe_load((tmp_path / schedule["parameters_file"]).read_text()) | schedule["parameters"]
-        (tmp_path / "merged.yaml").write_text(yaml.safe_dump(merged))
-        read = read_parameters(None, str(tmp_path / "merged.yaml"), [])
-        assert read["node_image"] == f"rlhf-ppo/{pool}:0.1.0" and read["model_name"]
+        assert schedule.version in ["latest", *versions]
+        assert ("ServiceAccount", schedule.service_account) in rendered(f"overlays/{pool}")
+        assert schedule.parameters["node_image"] == f"rlhf-ppo/{pool}:0.1.0" and schedule.parameters["model_name"]
 
 
 @pytest.mark.parametrize("name", ["base", "overlays/gpu", "overlays/gaudi"])
