@@ -25,6 +25,8 @@ REFUSED = {
 LARGEST_BATCH = 1000
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Lets MLflow's pages open with runs and metrics instead of traces."""
+UNCHANGED_TAG = "rlhf_ppo.unchanged_since"
+"""Tag of a pipeline's run that ended early: the run that learned from the same before it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,19 @@ def parent_run(client: Any, uri: str, experiment: str, pipeline_run: str, run_na
     return _find_run(client, experiment_id, tags) or str(
         client.create_run(experiment_id, run_name=run_name or pipeline_run, tags=tags).info.run_id
     )
+
+
+def pipeline_run_of(client: Any, uri: str, experiment: str, pipeline_run: str, run_name: str = "") -> Any:
+    """MLflow's run of the pipeline run, made where there is none.
+
+    KFP's plugin makes one itself, and injects (MLFLOW_RUN_ID) the one of the task, which lies in it, maybe in others
+    of the groups of tasks that it stands in.
+    """
+    injected = os.environ.get("MLFLOW_RUN_ID")
+    run = client.get_run(injected or parent_run(client, uri, experiment, pipeline_run, run_name))
+    while above := run.data.tags.get("mlflow.parentRunId"):
+        run = client.get_run(above)
+    return run
 
 
 def _find_run(client: Any, experiment_id: str, tags: dict[str, str]) -> str | None:
