@@ -83,13 +83,14 @@ def parent_run(client: Any, uri: str, experiment: str, pipeline_run: str, run_na
 
 
 def pipeline_run_of(client: Any, uri: str, experiment: str, pipeline_run: str, run_name: str = "") -> Any:
-    """MLflow's run of the pipeline run, made where there is none.
-
-    KFP's plugin makes one itself, and injects (MLFLOW_RUN_ID) the one of the task, which lies in it, maybe in others
-    of the groups of tasks that it stands in.
-    """
+    """MLflow's run of the pipeline run, made where there is none; KFP's own where its plugin injects a task's."""
     injected = os.environ.get("MLFLOW_RUN_ID")
-    run = client.get_run(injected or parent_run(client, uri, experiment, pipeline_run, run_name))
+    return root_of(client, injected or parent_run(client, uri, experiment, pipeline_run, run_name))
+
+
+def root_of(client: Any, run_id: str) -> Any:
+    """The run that the run lies in: KFP's plugin has one for the pipeline and one for each task, at any depth."""
+    run = client.get_run(run_id)
     while above := run.data.tags.get("mlflow.parentRunId"):
         run = client.get_run(above)
     return run
@@ -118,7 +119,7 @@ class Delivery:
 
     @property
     def pipeline_run(self) -> str:
-        """The run that stands for the pipeline run, or the injected one; empty while none is known."""
+        """The run that stands for the pipeline run, which may be KFP's own; empty while none is known."""
         return self._parent or self._run
 
     def unsent(self) -> bool:
@@ -232,6 +233,7 @@ class Delivery:
     def _find_or_make_run(self, to: Destination, *, reopen: bool) -> str:
         if to.injected_run:
             self._client.set_tag(to.injected_run, "rlhf_ppo.step", to.step)
+            self._parent = str(root_of(self._client, to.injected_run).info.run_id)
             return to.injected_run
         self._parent = parent = parent_run(self._client, to.uri, to.experiment, to.pipeline_run, to.run_name)
         experiment_id = experiment_of(self._client, to.uri, to.experiment)
