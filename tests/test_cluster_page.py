@@ -155,3 +155,63 @@ def test_a_real_server_takes_what_the_page_applies_and_a_second_time_changes_not
     assert {key: content(each) for key, each in second.items()} == {key: content(each) for key, each in first.items()}
     assert applied.kubectl("get", "secret", "hf-token", "-o", "jsonpath={.data.HF_TOKEN}") == "bm8gdG9rZW4="
     assert "rlhf-ppo" in applied.kubectl("get", "pvc", "-o", "name")
+
+
+APPLIER = """
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: applier}
+rules:
+  - {apiGroups: [""], resources: [configmaps, serviceaccounts], verbs: [get, create, patch]}
+  - {apiGroups: [batch], resources: [jobs], verbs: [get, create, patch, delete]}
+  - {apiGroups: [networking.k8s.io], resources: [networkpolicies], verbs: [get, create, patch]}
+  - {apiGroups: [pipelines.kubeflow.org], resources: [pipelines, pipelineversions], verbs: [get, create, patch]}
+  - {apiGroups: [rbac.authorization.k8s.io], resources: [roles], verbs: [get, create, patch, escalate, bind]}
+  - {apiGroups: [rbac.authorization.k8s.io], resources: [rolebindings], verbs: [get, create, patch]}
+"""
+
+
+def test_who_has_the_rights_that_the_page_for_administrators_names_may_apply_it_all(
+    tmp_path: Path,
+    applied: Applied,  # noqa: F811
+) -> None:
+    (tmp_path / "role.yaml").write_text(APPLIER)
+    applied.kubectl("apply", "-f", str(tmp_path / "role.yaml"))
+    applied.kubectl("create", "rolebinding", "applier", "--role=applier", "--user=applier")
+    for _ in range(2):
+        assert "networkpolicy" in applied.apply("overlays/gpu", "--as=applier")
+        applied.kubectl("--as=applier", "delete", "job", "rlhf-ppo-schedule")
+
+
+def test_an_injected_run_gets_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    from rlhf_ppo.parameters import decode, defaults
+    from rlhf_ppo.tracking import Tracker
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("of KFP", artifact_location=(tmp_path / "files").as_uri())
+    pipeline = client.create_run(experiment).info.run_id
+    step = client.create_run(experiment, run_name="evaluate-policy", tags={"mlflow.parentRunId": pipeline}).info.run_id
+    for name, value in {
+        "MLFLOW_RUN_ID": step,
+        "MLFLOW_TRACKING_URI": uri,
+        "RLHF_PPO_SPOOL": str(tmp_path / "s"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    given = {
+        "model_name": "org/model", "query_dataset": "org/data", "reward_model": "my:reward",
+        "mlflow_tracking_uri": "http://elsewhere.invalid", "tracker_project_name": "ours",
+        "tracker_kwargs": {"mlflow": {"run_name": "ours", "tags": {"ours": "1"}}},
+    }  # fmt: skip
+    with Tracker.for_run("evaluate_policy", "run-1", decode({**defaults(), **given})) as tracker:
+        tracker.log_params({"learning_rate": 1e-5})
+        tracker.log_metrics({"eval/kl": 1.0})
+        tracker.log_summary({"kl": 1.0})
+        tracker.log_table("samples", [{"prompt": "p"}])
+    run = client.get_run(step)
+    assert run.data.params == {"ppo/learning_rate": "1e-05"} and run.data.metrics == {"eval/kl": 1.0, "kl": 1.0}
+    assert run.data.tags["rlhf_ppo.step"] == "evaluate_policy" and "ours" not in run.data.tags
+    assert run.info.run_name == "evaluate-policy" and run.info.status == "RUNNING"
+    assert [file.path for file in client.list_artifacts(step)] == ["samples.json"]
+    assert client.get_run(pipeline).data.metrics == {} and client.get_experiment_by_name("ours") is None
