@@ -73,7 +73,7 @@ def test_every_command_of_rlhf_ppo_on_the_page_does_what_it_says(fork: Path, kfp
     (started,), (scheduled,) = kfp.runs.values(), kfp.recurring.values()
     parameters = yaml.safe_load((fork / "deploy/parameters.yaml").read_text())
     assert started["runtime_config"]["parameters"] == parameters | {"seed": 1}
-    assert scheduled["runtime_config"]["parameters"] == parameters
+    assert scheduled["runtime_config"]["parameters"] == parameters | {"mlflow_skip_unchanged": True}
     assert started["service_account"] == scheduled["service_account"] == "rlhf-ppo-runner"
     assert "succeeded" in said[0] and said[1].startswith("create   nightly") and "done: create" in said[2]
     assert run(fork, "\n".join(given), KF_PIPELINES_ENDPOINT=kfp.url).count("nothing to change") == 2
@@ -90,6 +90,13 @@ def test_the_python_of_the_page_starts_a_run_and_compiles_a_dag(
     (started,) = kfp.runs.values()
     parameters = yaml.safe_load((fork / "deploy/parameters.yaml").read_text())
     assert started["runtime_config"]["parameters"] == parameters and started["service_account"] == "rlhf-ppo-runner"
+    run(fork, "rlhf-ppo compile -o ppo.yaml --image registry.example/rlhf-ppo/cpu:0.1.0 --volume rlhf-ppo")
+    call = "create_run_from_pipeline_func(\n    ppo_pipeline,"
+    assert call in start
+    exec(start.replace(call, 'create_run_from_pipeline_package(\n    "ppo.yaml",'), {})
+    _, packaged = kfp.runs.values()
+    assert packaged["runtime_config"] == started["runtime_config"]
+    assert "registry.example/rlhf-ppo/cpu:0.1.0" in str(packaged["pipeline_spec"])
     script = fork / "mine.py"
     script.write_text(own)
     assert subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=fork).returncode == 0

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import rlhf_pipelines
 from rlhf_pipelines.cli import _parser
 from rlhf_ppo import preflight
 from rlhf_ppo.parameters import PARAMETERS, decode, defaults
@@ -27,11 +28,15 @@ PAGES = sorted(
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 GROUPS = "model data reward rollout ppo checkpoint node eval gate hub mlflow".split()
 STEPS = ROOT / "components" / "rlhf_ppo"
-OTHER_NAMES = {path.name for path in STEPS.iterdir()} | {
-    name
-    for path in STEPS.glob("*/*component.yaml")
-    for name in re.findall(r"^ +(\w+):$", path.read_text(), re.M)  # Inputs and outputs of steps among them.
-}
+OTHER_NAMES = (
+    {path.name for path in STEPS.iterdir()}
+    | set(rlhf_pipelines.__all__)
+    | {
+        name
+        for path in STEPS.glob("*/*component.yaml")
+        for name in re.findall(r"^ +(\w+):$", path.read_text(), re.M)  # Inputs and outputs of steps among them.
+    }
+)
 """What looks like a parameter and is none."""
 
 
