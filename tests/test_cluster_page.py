@@ -217,8 +217,8 @@ def test_an_injected_run_gets_what_the_page_says(tmp_path: Path, monkeypatch: py
         tracker.log_summary({"kl": 1.0})
         tracker.log_table("samples", [{"prompt": "p"}])
     run = client.get_run(step)
-    assert run.data.params == {"ppo/learning_rate": "1e-05"} and run.data.metrics == {"eval/kl": 1.0, "kl": 1.0}
+    assert run.data.params == {"ppo/learning_rate": "1e-05"} and run.data.metrics == {"eval/kl": 1.0}
     assert run.data.tags["rlhf_ppo.step"] == "evaluate_policy" and "ours" not in run.data.tags
     assert run.info.run_name == "evaluate-policy" and run.info.status == "RUNNING"
     assert [file.path for file in client.list_artifacts(step)] == ["samples.json"]
-    assert client.get_run(pipeline).data.metrics == {} and client.get_experiment_by_name("ours") is None
+    assert client.get_run(pipeline).data.metrics == {"kl": 1.0} and client.get_experiment_by_name("ours") is None
