@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	$(RUN)/python examples/movie_sentiment/make_inputs.py
 	$(RUN)/rlhf-ppo run --parameters examples/movie_sentiment/parameters.yaml --set seed=$(SEED) $(ARGS)
 
-test: lint $(VENV)/.demo
+test: lint $(VENV)/.demo $(VENV)-checkov/.ready
 	$(RUN)/python -m rlhf_pipelines.generate --check
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
@@ -76,5 +76,11 @@ $(VENV)-4.55/.ready: pyproject.toml constraints-4.55.txt
 	$(VENV)-4.55/bin/pip install -q -c constraints-4.55.txt -e ".[train,cluster,dev]"
 	touch $@
 
+# Its pins fit nothing else.
+$(VENV)-checkov/.ready: constraints-checkov.txt
+	$(PYTHON) -m venv $(VENV)-checkov
+	$(VENV)-checkov/bin/pip install -q -c constraints-checkov.txt checkov
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-4.55 build dist runs *.egg-info components/*.egg-info examples/movie_sentiment/inputs
+	rm -rf $(VENV) $(VENV)-4.55 $(VENV)-checkov build dist runs *.egg-info components/*.egg-info examples/movie_sentiment/inputs

@@ -1,10 +1,12 @@
 #!/bin/sh
 # Installs the project into the virtual environment /opt/rlhf-ppo, beside what the base image has.
-#   install.sh CONSTRAINTS EXTRAS
+#   install.sh CONSTRAINTS EXTRAS [PACKAGE...]
+# PACKAGES are what kfp needs besides, each without its own dependencies.
 # A torch that the base image has is the vendor's, and stays: any other one breaks it.
 set -eu
 constraints=$1
 extras=$2
+shift 2
 prefix=/opt/rlhf-ppo
 install="python3 -m pip --python $prefix/bin/python install --no-cache-dir --disable-pip-version-check"
 
@@ -18,7 +20,7 @@ else
 fi
 $install -c /tmp/constraints.txt ".[$extras]"
 # KFP's executor needs kfp's own modules and no more: its pinned requests and urllib3 stay out.
-$install --no-deps -c /tmp/constraints.txt kfp kfp-pipeline-spec
+$install --no-deps -c /tmp/constraints.txt kfp kfp-pipeline-spec "$@"
 
 "$prefix/bin/python" - "$vendor" "$prefix" <<'CHECK'
 import importlib.util, json, sys

@@ -244,6 +244,6 @@ def test_fields_compile_and_version(here: Path) -> None:
     assert "| `learning_rate` | float | `1e-05` |" in cli(here, "fields", "--markdown").stdout
     cli(here, "compile", "-o", "ppo.yaml", "--image", "registry.example/ppo:1")
     text = (here / "ppo.yaml").read_text()
-    assert text.count("image: registry.example/ppo:1\n") == 6 and "rlhf-ppo/cpu" not in text
+    assert text.count("image: registry.example/ppo:1\n") == 7 and "rlhf-ppo/cpu" not in text
     assert next(yaml.safe_load_all((here / "ppo.yaml").read_text()))["pipelineInfo"]["name"] == "rlhf-ppo"
     assert cli(here, "--version").stdout.startswith("rlhf-ppo 0.")

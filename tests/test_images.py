@@ -71,6 +71,17 @@ def test_it_runs_as_nobody_who_may_change_what_is_installed(config: dict[str, An
     assert run("touch", "/home/ppo/file", flags=("--user=123456:0",)).returncode == 0
 
 
+def test_the_job_that_applies_schedules_can_speak_to_kfp() -> None:
+    job = yaml.safe_load((Path(__file__).parent.parent / "manifests/base/schedule-job.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    variables = [f"--env={each['name']}={each['value']}" for each in container["env"]]
+    command = [*container["command"][:3], "/tmp/schedules.yaml", "--yes"]
+    script = f"echo 'owner: a\nschedules: []' > /tmp/schedules.yaml; echo token > /tmp/token; exec {' '.join(command)}"
+    given = ("--env=KF_PIPELINES_ENDPOINT=http://localhost:1", "--env=KF_PIPELINES_SA_TOKEN_PATH=/tmp/token")
+    done = run("sh", "-c", script, flags=(*LOCKED, *variables, *given, "--env=RLHF_PPO_RETRY_PAUSE=0"))
+    assert done.returncode == 1 and "the KFP API server does not answer" in done.stderr, done.stderr
+
+
 def test_it_holds_nothing_that_is_only_needed_to_build_or_to_test() -> None:
     holds = run("sh", "-c", "ls -d /src /root/.cache/pip /tmp/constraints.txt /opt/rlhf-ppo/bin/pip* 2>/dev/null")
     assert holds.stdout == ""

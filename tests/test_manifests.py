@@ -19,12 +19,14 @@ import uuid
 import zoneinfo
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 
-from rlhf_pipelines.cli import read_parameters
+from rlhf_pipelines.reading import read_parameters
+from rlhf_pipelines.rights import RIGHTS, RUNNER, SCHEDULE, roles_in, spelled_out
+from rlhf_pipelines.schedules import read_schedules
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = ROOT / "manifests"
@@ -218,19 +220,17 @@ def test_a_schedule_is_one_that_kfp_takes_with_parameters_that_the_pipeline_take
     (config,) = of_kind(f"overlays/{pool}", "ConfigMap")
     for name, text in config["data"].items():
         (tmp_path / name).write_text(text)
-    keys = {"name", "cron", "time_zone", "enabled", "concurrency", "pipeline", "version", "experiment"}
-    for schedule in yaml.safe_load(config["data"]["schedules.yaml"])["schedules"]:
-        assert set(schedule) == keys | {"parameters_file", "parameters"}
-        assert re.fullmatch(r"([0-9*/,?-]+ ){5}[0-9A-Z*/,?-]+", schedule["cron"])
-        assert schedule["time_zone"] in zoneinfo.available_timezones()
-        assert schedule["enabled"] is False and 1 <= schedule["concurrency"] <= 10
-        assert schedule["pipeline"] == of_kind("base", "Pipeline")[0]["metadata"]["name"]
+    owner, schedules = read_schedules(str(tmp_path / "schedules.yaml"))
+    assert owner == f"rlhf-ppo-{pool}" and schedules
+    for schedule in schedules:
+        assert re.fullmatch(r"([0-9*/,?-]+ ){5}[0-9A-Z*/,?-]+", schedule.cron)
+        assert schedule.time_zone in zoneinfo.available_timezones()
+        assert schedule.enabled is False and 1 <= schedule.concurrency <= 10
+        assert schedule.pipeline == of_kind("base", "Pipeline")[0]["metadata"]["name"]
         versions = [each["metadata"]["name"] for each in of_kind("base", "PipelineVersion")]
-        assert schedule["version"] in ["latest", *versions]
-        merged = yaml.safe_load((tmp_path / schedule["parameters_file"]).read_text()) | schedule["parameters"]
-        (tmp_path / "merged.yaml").write_text(yaml.safe_dump(merged))
-        read = read_parameters(None, str(tmp_path / "merged.yaml"), [])
-        assert read["node_image"] == f"rlhf-ppo/{pool}:0.1.0" and read["model_name"]
+        assert schedule.version in ["latest", *versions]
+        assert ("ServiceAccount", schedule.service_account) in rendered(f"overlays/{pool}")
+        assert schedule.parameters["node_image"] == f"rlhf-ppo/{pool}:0.1.0" and schedule.parameters["model_name"]
 
 
 @pytest.mark.parametrize("name", ["base", "overlays/gpu", "overlays/gaudi"])
@@ -362,91 +362,24 @@ def test_a_run_and_the_schedule_job_reach_what_they_need() -> None:
 # 5. Rights
 
 
-class Right(NamedTuple):
-    """A right, and what needs it: a line of a file of this repository, or a file of KFP's or Argo's."""
-
-    account: str
-    group: str
-    resource: str
-    verb: str
-    file: str
-    line: str = ""
-    name: str = ""
-
-    def granted(self) -> tuple[str, str, str, str, str]:
-        return self.account, self.group, self.resource, self.verb, self.name
+ACCOUNTS = {role: found.accounts for role, found in roles_in(ROOT).items()}
 
 
-RUNNER, SCHEDULE = "rlhf-ppo-runner", "rlhf-ppo-schedule"
-ARGO, KFP, TRAINER = "argoproj.io", "pipelines.kubeflow.org", "trainer.kubeflow.org"
-JOB, CLUSTER = "components/rlhf_ppo/train_job.py", "components/rlhf_ppo/cluster.py"
-AGENT, SERVER = "manifests/quick-start/base/agent-role.yaml", "backend/src/apiserver/server"
-EXECUTOR = "manifests/quick-start/base/executor/emissary/executor-role.yaml"
-VERSIONS = "manifests/kustomize/base/pipeline/multi-user/view-edit-roles.yaml"
-RIGHTS = [
-    Right(RUNNER, TRAINER, "trainjobs", "create", JOB, "self._objects.create_namespaced_custom_object"),
-    Right(RUNNER, TRAINER, "trainjobs", "list", JOB, "self._objects.list_namespaced_custom_object"),
-    Right(RUNNER, TRAINER, "trainjobs", "watch", JOB, "watch.Watch().stream(listing, *self._all"),
-    Right(RUNNER, TRAINER, "trainjobs", "patch", JOB, "self._objects.patch_namespaced_custom_object"),
-    Right(RUNNER, TRAINER, "trainjobs", "delete", JOB, "self._objects.delete_namespaced_custom_object"),
-    Right(RUNNER, "", "pods", "get", CLUSTER, "CoreV1Api(self.api_client).read_namespaced_pod"),
-    Right(RUNNER, "", "pods", "list", JOB, "self._core.list_namespaced_pod"),
-    Right(RUNNER, "", "pods/log", "get", JOB, "self._core.read_namespaced_pod_log"),
-    Right(RUNNER, "", "pods", "get", "backend/src/v2/component/pod_failure.go"),
-    Right(RUNNER, "", "configmaps", "get", "backend/src/v2/config/env.go", name="kfp-launcher"),
-    Right(RUNNER, "", "secrets", "get", "backend/src/v2/config/env.go", name="mlpipeline-minio-artifact"),
-    *(Right(RUNNER, ARGO, "workflowtaskresults", verb, EXECUTOR) for verb in ("create", "patch")),
-    *(Right(RUNNER, ARGO, "workflowtasksets", verb, AGENT) for verb in ("list", "watch")),
-    Right(RUNNER, ARGO, "workflowtasksets/status", "patch", AGENT),
-    *(
-        Right(SCHEDULE, KFP, "jobs", verb, f"{SERVER}/job_server.go")
-        for verb in ("get", "list", "create", "delete", "enable", "disable")
-    ),
-    *(
-        Right(SCHEDULE, KFP, "experiments", verb, f"{SERVER}/experiment_server.go")
-        for verb in ("get", "list", "create")
-    ),
-    *(Right(SCHEDULE, KFP, "pipelines", verb, f"{SERVER}/pipeline_server.go") for verb in ("get", "list")),
-    *(Right(SCHEDULE, KFP, "pipelines/versions", verb, VERSIONS) for verb in ("get", "list")),
-]
-ROLES = {RUNNER: ["runner-role.yaml", "train-job-role.yaml"], SCHEDULE: ["schedule-role.yaml"]}
+def needed_by(account: str) -> set[tuple[str, str, str, str]]:
+    """All that some code needs in the name of a service account; docs/rights.md says which."""
+    return {right.granted() for right in RIGHTS if account in ACCOUNTS.get(right.role, [])}
 
 
-def spelled_out(rules: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
-    """Group, resource, verb and name of each single right."""
-    for rule in rules:
-        names = rule.get("resourceNames") or [""]
-        for group, resource in itertools.product(rule["apiGroups"], rule["resources"]):
-            yield from ((group, resource, verb, name) for verb, name in itertools.product(rule["verbs"], names))
-
-
-def test_each_service_account_has_the_rights_that_some_code_needs_and_no_others() -> None:
-    granted = set()
-    for binding in of_kind("base", "RoleBinding"):
-        rules = rendered("base")["Role", binding["roleRef"]["name"]]["rules"]
-        for subject, right in itertools.product(binding["subjects"], spelled_out(rules)):
-            granted.add((subject["name"], *right))
-    assert granted == {right.granted() for right in RIGHTS}
-    assert not [each for each in rendered("base").values() if each["kind"].startswith("Cluster")]
-
-
-@pytest.mark.parametrize("right", RIGHTS, ids=lambda right: f"{right.account}-{right.verb}-{right.resource}")
-def test_what_needs_a_right_is_there(right: Right) -> None:
-    if right.line:
-        assert right.line in (ROOT / right.file).read_text(), f"who needs {right.verb} {right.resource} now?"
-    else:  # Somebody else's source: the role says where to look.
-        texts = "".join((MANIFESTS / "base" / name).read_text() for name in ROLES[right.account])
-        assert right.file in texts
-
-
-def test_no_call_to_kubernetes_is_without_a_right() -> None:
-    """Every call of the Kubernetes client in the components is a line of the table."""
-    calls = set()
-    for path in (ROOT / "components").rglob("*.py"):
-        for call in re.findall(r"\b(?:create|delete|list|patch|read|replace)_namespaced_\w+", path.read_text()):
-            calls.add((str(path.relative_to(ROOT)), call))
-    known = {(right.file, right.line.rpartition(".")[2]) for right in RIGHTS if "_namespaced_" in right.line}
-    assert calls == known
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_each_service_account_has_the_rights_that_some_code_needs_and_no_others(name: str) -> None:
+    granted: dict[str, set[tuple[str, str, str, str]]] = {}
+    for binding in of_kind(name, "RoleBinding"):
+        rules = rendered(name)["Role", binding["roleRef"]["name"]]["rules"]
+        for subject in binding["subjects"]:
+            granted.setdefault(subject["name"], set()).update(spelled_out(rules))
+    accounts = {RUNNER, SCHEDULE} if name in ("base", "overlays/gpu", "overlays/gaudi") else set()
+    assert granted == {account: needed_by(account) for account in accounts}
+    assert not [each for each in rendered(name).values() if each["kind"].startswith("Cluster")]
 
 
 # 6. A real API server
@@ -538,13 +471,13 @@ def test_a_real_server_grants_what_is_needed_and_nothing_else(applied: Applied) 
     applied.apply("base")
     authorization = client.AuthorizationV1Api(applied.api)
     for account in (RUNNER, SCHEDULE, "default"):
-        wanted = {right.granted()[1:] for right in RIGHTS if right.account == account}
+        wanted = needed_by(account)
         deadline = time.monotonic() + 20
         while rules_of(applied, account) != wanted:
             assert time.monotonic() < deadline, rules_of(applied, account) ^ wanted
             time.sleep(0.2)
         for other, (group, resource, verb, name) in itertools.product(
-            (RUNNER, SCHEDULE), {right.granted()[1:] for right in RIGHTS}
+            (RUNNER, SCHEDULE), {right.granted() for right in RIGHTS}
         ):
             if other != account:
                 continue

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from rlhf_pipelines.compile import COMPILED, COMPONENTS
-from rlhf_pipelines.ppo import HF_SECRET
+from rlhf_pipelines.ppo import HF_SECRET, TRAINING_POD
 from rlhf_ppo.config import PPO_PARAMETERS
 from rlhf_ppo.descriptions import describe
 from rlhf_ppo.fields import Parameter
@@ -32,7 +33,7 @@ TYPES = {
     dict: "STRUCT",
     list: "LIST",
 }
-STEPS = ["snapshot_reference", "prepare_dataset", "train_ppo", "evaluate_policy", "gate"]
+STEPS = ["detect_changes", "snapshot_reference", "prepare_dataset", "train_ppo", "evaluate_policy", "gate"]
 
 
 def documents() -> list[dict[str, Any]]:
@@ -68,7 +69,13 @@ class Run:
         }
 
     def start(
-        self, *, gate: str = "true", fails: str = "", not_installed: str = "-", **parameters: Any
+        self,
+        *,
+        changed: str = "true",
+        gate: str = "true",
+        fails: str = "",
+        not_installed: str = "-",
+        **parameters: Any,
     ) -> dict[str, dict[str, Any]]:
         """Run the pipeline; the calls of its steps, in their order, by name."""
         self.monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
@@ -77,6 +84,7 @@ class Run:
             "PYTHONPATH": path,
             "CALLS": self.calls,
             "RLHF_PPO_EVENTS": self.events,
+            "CHANGED": changed,
             "GATE": gate,
             "FAILS": fails,
             "NOT_INSTALLED": not_installed,
@@ -117,6 +125,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 @pytest.mark.parametrize(
     "work",
     [
+        "rlhf_ppo.change_detection.detect.detect_changes",
         "rlhf_ppo.reference_snapshot.snapshot.snapshot_reference",
         "rlhf_ppo.dataset_preparation.prepare.prepare_dataset",
         "rlhf_ppo.ppo_training.train.train_on_cards",
@@ -143,9 +152,9 @@ def test_a_policy_that_passes_the_gate_is_pushed(run: Run) -> None:
     assert calls["evaluate_policy"]["policy_uri"] == calls["push_to_hub"]["policy_uri"] != ""
     assert calls["evaluate_policy"]["history"] == "history"
     assert calls["gate"]["evaluation"] == calls["push_to_hub"]["evaluation"] == "evaluation"
-    configs = {calls[step]["config"] for step in ("train_ppo", "evaluate_policy", "push_to_hub")}
-    assert len(configs) == 1
-    ids = {calls[step]["run_id"] for step in ("train_ppo", "evaluate_policy", "push_to_hub", "conclude_run")}
+    with_config = ("detect_changes", "train_ppo", "evaluate_policy", "push_to_hub")
+    assert len({calls[step]["config"] for step in with_config}) == 1
+    ids = {calls[step]["run_id"] for step in (*with_config, "conclude_run")}
     assert len(ids) == 1 and "{" not in ids.pop()
     assert calls["conclude_run"]["state"] == "SUCCEEDED"
     assert {call["environment"] for call in calls.values()} == {"1"}
@@ -164,9 +173,18 @@ def test_a_policy_that_fails_the_gate_is_not_pushed(run: Run) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_run_without_anything_new_trains_nothing_and_succeeds(run: Run) -> None:
+    calls = run.start(changed="false")
+    assert list(calls) == ["detect_changes", "conclude_run"]
+    assert calls["conclude_run"]["state"] == "SUCCEEDED"
+    digests = [calls["detect_changes"][name] for name in ("model_digest", "data_digest")]
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests) and digests[0] != digests[1]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_failing_step_ends_the_run_and_is_concluded(run: Run) -> None:
     calls = run.start(fails="train_ppo")
-    assert list(calls) == ["snapshot_reference", "prepare_dataset", "train_ppo", "conclude_run"]
+    assert list(calls) == [*STEPS[:4], "conclude_run"]
     assert calls["conclude_run"]["state"] == "FAILED" and calls["conclude_run"]["message"]
     assert calls["conclude_run"]["experiment"] == "trl"
     (failure,) = run.failures()
@@ -295,13 +313,15 @@ def test_only_steps_that_their_inputs_decide_are_cached() -> None:
     # KFP's cache knows artifacts by name only: what they and the sources hold must come in as parameters.
     snapshot = tasks["snapshot-reference"]["inputs"]["parameters"]
     prepare = tasks["prepare-dataset"]["inputs"]["parameters"]
+    (outer,) = [task for task in tasks.values() if "detect-changes" in task.get("dependentTasks", [])]
     for parameters, name in (
         (snapshot, "model_revision"),
         (snapshot, "model_digest"),
         (prepare, "data_revision"),
         (prepare, "data_digest"),
     ):
-        assert parameters[name]["taskOutputParameter"] == {
+        handed_down = parameters[name]["componentInputParameter"]
+        assert outer["inputs"]["parameters"][handed_down]["taskOutputParameter"] == {
             "producerTask": "validate-config",
             "outputParameterKey": name,
         }
@@ -310,15 +330,43 @@ def test_only_steps_that_their_inputs_decide_are_cached() -> None:
         assert not any("pipeline_job" in str(value) for value in parameters.values())
 
 
-def test_the_condition_is_on_the_single_bool_of_gate() -> None:
+def test_the_conditions_are_on_the_single_bools_of_detect_changes_and_gate() -> None:
     tasks = inner_tasks(documents()[0])
-    (condition,) = [task for name, task in tasks.items() if name.startswith("condition")]
-    assert condition["triggerPolicy"]["condition"] == (
-        "inputs.parameter_values['pipelinechannel--gate-Output'] == true"
-    )
+    conditions = [task["triggerPolicy"]["condition"] for name, task in tasks.items() if name.startswith("condition")]
+    assert sorted(conditions) == [
+        f"inputs.parameter_values['pipelinechannel--{task}-Output'] == true" for task in ("detect-changes", "gate")
+    ]
+
+
+def test_every_value_is_handed_down_to_the_task_that_reads_it() -> None:
+    """Also those that only a pod's resources read, which KFP's compiler leaves out of a condition by itself."""
+    spec, platform = documents()
+    on_kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    checked = set()
+    for dag in (spec["root"], *(each for each in spec["components"].values() if "dag" in each)):
+        there = dag["inputDefinitions"]["parameters"]
+        for name, task in dag["dag"]["tasks"].items():
+            read = task.get("inputs", {}).get("parameters", {})
+            for given in read.values():
+                if "taskOutputParameter" in given:
+                    producer = dag["dag"]["tasks"][given["taskOutputParameter"]["producerTask"]]["componentRef"]["name"]
+                    outputs = spec["components"][producer]["outputDefinitions"]["parameters"]
+                    assert given["taskOutputParameter"]["outputParameterKey"] in outputs, name
+                elif "componentInputParameter" in given:
+                    assert given["componentInputParameter"] in there, name
+            executor = spec["components"][task["componentRef"]["name"]].get("executorLabel", "")
+            pod = json.dumps([spec["deploymentSpec"]["executors"].get(executor), read])
+            asked = set(re.findall(r"inputs\.parameters\['(.+?)'\]", pod))
+            assert asked <= set(read), name
+            placed = re.findall(r'"componentInputParameter": "(.+?)"', json.dumps(on_kubernetes.get(executor)))
+            assert set(placed) <= set(there), name
+            checked |= asked | set(placed)
+    pod_of_training = {f"pipelinechannel--validate-config-{name}" for name in TRAINING_POD}
+    assert pod_of_training | {"pipelinechannel--node_image", "pipelinechannel--node_memory"} <= checked
 
 
 def test_steps_that_may_fail_by_bad_luck_are_retried() -> None:
     tasks = inner_tasks(documents()[0])
     retried = {name for name, task in tasks.items() if task.get("retryPolicy", {}).get("maxRetryCount")}
-    assert retried == {"snapshot-reference", "prepare-dataset", "train-ppo", "evaluate-policy", "push-to-hub"}
+    once = {"validate-config", "gate", "conclude-run"}
+    assert retried == {name for name in tasks if "handler" not in name and "condition" not in name} - once

@@ -300,6 +300,29 @@ def test_an_injected_run_is_adopted_and_its_end_left_to_kfp(
     assert len(client.search_runs([experiment])) == 1
 
 
+def test_with_kfp_s_plugin_what_stands_for_the_pipeline_goes_to_kfp_s_run_of_it(
+    running: MLflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plugin has a run for the pipeline, in it one for the group of tasks, in that one for the task."""
+    client = running.client()
+    experiment = client.create_experiment("of kfp, with tasks")
+    root = client.create_run(experiment).info.run_id
+    group = client.create_run(experiment, tags={"mlflow.parentRunId": root}).info.run_id
+    task = client.create_run(experiment, tags={"mlflow.parentRunId": group}).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", task)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.url)
+    with track("", tmp_path, "kfp", "evaluate_policy") as tracker:
+        tracker.log_metrics({"x": 1.0}, step=0)
+        tracker.log_summary({"score_gain": 0.5})
+        tracker.log_model("of-kfp", "s3://store/policy", {}, "challenger")
+        assert tracker.pipeline_run() == root
+    assert client.get_run(task).data.metrics == {"x": 1.0}
+    assert client.get_run(root).data.metrics == {"score_gain": 0.5}
+    assert client.get_run(group).data.metrics == {}
+    assert client.get_model_version_by_alias("of-kfp", "challenger").run_id == root
+    assert len(client.search_runs([experiment])) == 3, "none is made beside KFP's"
+
+
 def test_sqlite_needs_no_server_and_keeps_artifacts_beside_the_database(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,8 @@ REFUSED = {
 LARGEST_BATCH = 1000
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Lets MLflow's pages open with runs and metrics instead of traces."""
+UNCHANGED_TAG = "rlhf_ppo.unchanged_since"
+"""Tag of a pipeline's run that ended early: the run that learned from the same before it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,20 @@ def parent_run(client: Any, uri: str, experiment: str, pipeline_run: str, run_na
     )
 
 
+def pipeline_run_of(client: Any, uri: str, experiment: str, pipeline_run: str, run_name: str = "") -> Any:
+    """MLflow's run of the pipeline run, made where there is none; KFP's own where its plugin injects a task's."""
+    injected = os.environ.get("MLFLOW_RUN_ID")
+    return root_of(client, injected or parent_run(client, uri, experiment, pipeline_run, run_name))
+
+
+def root_of(client: Any, run_id: str) -> Any:
+    """The run that the run lies in: KFP's plugin has one for the pipeline and one for each task, at any depth."""
+    run = client.get_run(run_id)
+    while above := run.data.tags.get("mlflow.parentRunId"):
+        run = client.get_run(above)
+    return run
+
+
 def _find_run(client: Any, experiment_id: str, tags: dict[str, str]) -> str | None:
     condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
     runs = client.search_runs([experiment_id], condition, max_results=1, order_by=["attributes.start_time ASC"])
@@ -103,7 +119,7 @@ class Delivery:
 
     @property
     def pipeline_run(self) -> str:
-        """The run that stands for the pipeline run, or the injected one; empty while none is known."""
+        """The run that stands for the pipeline run, which may be KFP's own; empty while none is known."""
         return self._parent or self._run
 
     def unsent(self) -> bool:
@@ -217,6 +233,7 @@ class Delivery:
     def _find_or_make_run(self, to: Destination, *, reopen: bool) -> str:
         if to.injected_run:
             self._client.set_tag(to.injected_run, "rlhf_ppo.step", to.step)
+            self._parent = str(root_of(self._client, to.injected_run).info.run_id)
             return to.injected_run
         self._parent = parent = parent_run(self._client, to.uri, to.experiment, to.pipeline_run, to.run_name)
         experiment_id = experiment_of(self._client, to.uri, to.experiment)

@@ -274,6 +274,11 @@ class TrackingSettings(Checked):
         "What passes the gate becomes the model's challenger, what is pushed its champion, and the one before it "
         "previous.",
     )
+    mlflow_skip_unchanged: bool = declare(
+        False,
+        "End early where MLflow has a run of this experiment that succeeded with the same settings, model, prompts and "
+        "rewards: for scheduled runs. What a reward's endpoint serves is not looked at.",
+    )
 
     def relations(self) -> list[str]:
         """The problems of a name."""

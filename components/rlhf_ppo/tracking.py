@@ -49,6 +49,12 @@ def default_uri(tracking_uri: str) -> str:
     return f"sqlite:///{Path(database).absolute()}" if database not in (uri, "", ":memory:") else uri
 
 
+def run_name_of(settings: RunSettings, run_id: str) -> str:
+    """What the pipeline run is called in MLflow: as tracker_kwargs say, else exp_name and its id."""
+    kwargs = settings.ppo.tracker_kwargs.get("mlflow", {})
+    return str(kwargs.get("run_name") or f"{settings.ppo.exp_name} {run_id}")
+
+
 class Tracker:
     """One step's MLflow run. Calls return at once and never raise."""
 
@@ -103,9 +109,9 @@ class Tracker:
             raise InputError('tracking needs mlflow: pip install "rlhf-ppo[train]"')
         uri, injected = default_uri(tracking_uri), os.environ.get("MLFLOW_RUN_ID", "")
         kwargs = settings.ppo.tracker_kwargs.get("mlflow", {}) if settings else {}
-        name = f"{settings.ppo.exp_name} {run_id}" if settings else run_id
+        name = run_name_of(settings, run_id) if settings else run_id
         tags = {_name(str(tag)): str(value) for tag, value in (kwargs.get("tags") or {}).items()}
-        destination = Destination(step, run_id, uri, experiment, injected, kwargs.get("run_name") or name, tags)
+        destination = Destination(step, run_id, uri, experiment, injected, name, tags)
         return cls(destination, spool, settings)
 
     def log_params(self, params: Mapping[str, Any]) -> None:

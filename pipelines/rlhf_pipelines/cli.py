@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without arrows must not cost a run its summary
+    os.environ.pop("_KFP_RUNTIME", None)  # Set in the images for the steps; kfp then comes without its client.
     given = _parser().parse_args(arguments)
     try:
         code: int = given.command(given)

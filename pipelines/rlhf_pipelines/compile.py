@@ -10,6 +10,7 @@ from kfp import compiler, dsl
 
 import rlhf_ppo
 from rlhf_pipelines.ppo import ppo
+from rlhf_ppo.change_detection.component import detect_changes
 from rlhf_ppo.config_validation.component import validate_config
 from rlhf_ppo.dataset_preparation.component import prepare_dataset
 from rlhf_ppo.errors import InputError
@@ -28,6 +29,7 @@ _STEPS = Path(rlhf_ppo.__file__).parent
 
 COMPONENTS: dict[Path, dsl.base_component.BaseComponent] = {
     _STEPS / "config_validation" / "component.yaml": validate_config,
+    _STEPS / "change_detection" / "component.yaml": detect_changes,
     _STEPS / "reference_snapshot" / "component.yaml": snapshot_reference,
     _STEPS / "dataset_preparation" / "component.yaml": prepare_dataset,
     _STEPS / "ppo_training" / "component.yaml": train_ppo,

@@ -1,7 +1,7 @@
 """Write what restates the parameters from their one declaration: ``python -m rlhf_pipelines.generate [--check]``.
 
 Restated are: the signatures of the pipeline and of two components, the compiled YAML, the table in README.md, and the
-pipeline as Kubernetes resources.
+pipeline as Kubernetes resources; and docs/rights.md, from the Roles and the code that needs them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _PIPELINES = Path(__file__).parent
 _STEPS = Path(rlhf_ppo.__file__).parent
 _README = _STEPS.parent.parent / "README.md"
 _MANIFEST = _README.parent / "manifests" / "base" / "pipeline.yaml"
+_RIGHTS = _README.parent / "docs" / "rights.md"
 _SIGNATURE = ("    # parameters: begin", "    # parameters: end\n")
 _TABLE = ("<!-- parameters:begin -->", "<!-- parameters:end -->")
 
@@ -131,6 +132,19 @@ def expected_manifest() -> dict[Path, str]:
     return {_MANIFEST: manifest(COMPILED.read_text(encoding="utf-8"))} if _README.is_file() else {}
 
 
+def expected_rights() -> dict[Path, str]:
+    """What the page of rights should be. Ends the program where Roles and code don't agree."""
+    from rlhf_pipelines.rights import page, problems_of
+
+    root = _README.parent
+    if not _RIGHTS.parent.is_dir():
+        return {}
+    problems = problems_of(root)
+    if problems:
+        raise SystemExit("\n".join(problems))
+    return {_RIGHTS: page(root)}
+
+
 def stale(expected: dict[Path, str]) -> list[Path]:
     """The files that are not as expected; which version of KFP compiled them doesn't count."""
     return [path for path, text in expected.items() if _comparable(path) != _without_version(text)]
@@ -152,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     outdated: list[Path] = []
     # 1. Sources and README. 2. What is compiled from these sources. 3. What is made of that.
     # None tells anything new while the one before is stale.
-    for expected in (expected_texts, expected_yaml, expected_manifest):
+    for expected in (expected_texts, expected_yaml, expected_manifest, expected_rights):
         if check and any(path.suffix in (".py", ".yaml") for path in outdated):
             break
         texts = expected()

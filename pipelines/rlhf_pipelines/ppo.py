@@ -1,9 +1,12 @@
 """The pipeline: from prompts and a model to a policy that is pushed if it is better."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from kfp import dsl, kubernetes
+from kfp.dsl.pipeline_channel import PipelineChannel
 
+from rlhf_ppo.change_detection.component import detect_changes
 from rlhf_ppo.config_validation.component import validate_config
 from rlhf_ppo.dataset_preparation.component import prepare_dataset
 from rlhf_ppo.descriptions import documented
@@ -38,71 +41,78 @@ def wire(parameters: dict[str, Any]) -> None:
     )
     _set_up(conclude, "Conclude the run", cached=False, retries=0, token=False)
     with dsl.ExitHandler(conclude, name="ppo"):
-        # 1. Check everything before anything expensive; pin what the cached steps read.
+        # 1. Check everything before anything expensive; pin what the cached steps read. Nothing new: end here.
         validated = validate_config(**parameters)
         _set_up(validated, "Validate the config", cached=False, retries=0)
-        config = validated.outputs["config"]
-
-        # 2. The inputs of training. Both depend on their own parameters only, so KFP may take them from its cache.
-        snapshot = snapshot_reference(
-            model_name=parameters["model_name"],
-            model_revision=validated.outputs["model_revision"],
-            model_digest=validated.outputs["model_digest"],
-        )
-        _set_up(snapshot, "Snapshot the reference model", cached=True, retries=2)
-        reference = snapshot.outputs["reference"]
-        of_data = {name: value for name, value in parameters.items() if name.startswith("data_")}
-        of_data["data_revision"] = validated.outputs["data_revision"]
-        prepared = prepare_dataset(
-            tokenizer=snapshot.outputs["tokenizer"],
-            tokenizer_digest=snapshot.outputs["Output"],
-            data_digest=validated.outputs["data_digest"],
-            query_dataset=parameters["query_dataset"],
-            remove_unused_columns=parameters["remove_unused_columns"],
-            rollout_max_new_tokens=parameters["rollout_max_new_tokens"],
-            **of_data,
-        )
-        _set_up(prepared, "Prepare the prompts", cached=True, retries=2)
-        prompts = prepared.outputs["prompts"]
-
-        # 3. Train
-        trained = train_ppo(config=config, run_id=run_id, prompts=prompts, reference=reference)
-        _set_up(trained, "Train the policy with PPO", cached=False, retries=2)
-        # Where a TrainJob has the cards, the step that waits for it asks for none.
-        pod = {name.removeprefix("train_"): validated.outputs[name] for name in TRAINING_POD}
-        _place(trained, image=parameters["node_image"], **pod)
-        kubernetes.empty_dir_mount(trained, "shm", "/dev/shm", medium="Memory")  # Else 64 MiB, too little for NCCL.
-        policy = trained.outputs["policy"]
-
-        # 4. Judge
-        evaluated = evaluate_policy(
-            config=config,
+        changed = detect_changes(
+            config=validated.outputs["config"],
             run_id=run_id,
-            prompts=prompts,
-            reference=reference,
-            policy=policy,
-            history=trained.outputs["history"],
+            model_digest=validated.outputs["model_digest"],
+            data_digest=validated.outputs["data_digest"],
         )
-        _set_up(evaluated, "Evaluate policy against reference", cached=False, retries=2)
-        _place(
-            evaluated,
-            image=parameters["node_image"],
-            accelerator=parameters["node_accelerator"],
-            accelerator_count="1",
-            cpu=parameters["node_cpu"],
-            memory=parameters["node_memory"],
-            node_selector=parameters["node_selector"],
-            tolerations=parameters["node_tolerations"],
-        )
-        judged = gate(evaluation=evaluated.outputs["evaluation"])
-        _set_up(judged, "Gate", cached=False, retries=0, token=False)
+        _set_up(changed, "Detect changes", cached=False, retries=2, token=False)
+        # A local run knows conditions on a task's single output only, and takes any other as false.
+        with dsl.If(changed.output == True, name="there is something new"):  # noqa: E712
+            _learn(parameters, run_id, validated.outputs)
 
-        # 5. Publish. A local run knows conditions on a task's single output only, and takes any other as false.
-        with dsl.If(judged.output == True, name="the gate is passed"):  # noqa: E712
-            pushed = push_to_hub(
-                config=config, run_id=run_id, policy=policy, evaluation=evaluated.outputs["evaluation"]
-            )
-            _set_up(pushed, "Push to the hub", cached=False, retries=3)
+
+def _learn(parameters: dict[str, Any], run_id: str, validated: Mapping[str, Any]) -> None:
+    """Make the tasks that follow the checks; ``validated`` are the outputs of validate_config."""
+    snapshot, prepared = _inputs(parameters, validated)
+    of_run = {"config": validated["config"], "run_id": run_id}
+    inputs = {"prompts": prepared.outputs["prompts"], "reference": snapshot.outputs["reference"]}
+
+    # 3. Train
+    trained = train_ppo(**of_run, **inputs)
+    _set_up(trained, "Train the policy with PPO", cached=False, retries=2)
+    # Where a TrainJob has the cards, the step that waits for it asks for none.
+    pod = {name.removeprefix("train_"): validated[name] for name in TRAINING_POD}
+    _place(trained, image=parameters["node_image"], **pod)
+    kubernetes.empty_dir_mount(trained, "shm", "/dev/shm", medium="Memory")  # Else 64 MiB, too little for NCCL.
+
+    # 4. Judge
+    policy = trained.outputs["policy"]
+    evaluated = evaluate_policy(**of_run, **inputs, policy=policy, history=trained.outputs["history"])
+    _set_up(evaluated, "Evaluate policy against reference", cached=False, retries=2)
+    pod = {name: parameters[f"node_{name}"] for name in ("accelerator", "cpu", "memory", "tolerations")}
+    _place(
+        evaluated,
+        image=parameters["node_image"],
+        accelerator_count="1",
+        node_selector=parameters["node_selector"],
+        **pod,
+    )
+    judged = gate(evaluation=evaluated.outputs["evaluation"])
+    _set_up(judged, "Gate", cached=False, retries=0, token=False)
+
+    # 5. Publish
+    with dsl.If(judged.output == True, name="the gate is passed"):  # noqa: E712
+        pushed = push_to_hub(**of_run, policy=policy, evaluation=evaluated.outputs["evaluation"])
+        _set_up(pushed, "Push to the hub", cached=False, retries=3)
+
+
+def _inputs(parameters: dict[str, Any], validated: Mapping[str, Any]) -> tuple[dsl.PipelineTask, dsl.PipelineTask]:
+    """Make the tasks that give the reference and the prompts."""
+    # 2. Both depend on their own parameters only, so KFP may take them from its cache.
+    snapshot = snapshot_reference(
+        model_name=parameters["model_name"],
+        model_revision=validated["model_revision"],
+        model_digest=validated["model_digest"],
+    )
+    _set_up(snapshot, "Snapshot the reference model", cached=True, retries=2)
+    of_data = {name: value for name, value in parameters.items() if name.startswith("data_")}
+    of_data["data_revision"] = validated["data_revision"]
+    prepared = prepare_dataset(
+        tokenizer=snapshot.outputs["tokenizer"],
+        tokenizer_digest=snapshot.outputs["Output"],
+        data_digest=validated["data_digest"],
+        query_dataset=parameters["query_dataset"],
+        remove_unused_columns=parameters["remove_unused_columns"],
+        rollout_max_new_tokens=parameters["rollout_max_new_tokens"],
+        **of_data,
+    )
+    _set_up(prepared, "Prepare the prompts", cached=True, retries=2)
+    return snapshot, prepared
 
 
 def _set_up(task: dsl.PipelineTask, label: str, *, cached: bool, retries: int, token: bool = True) -> None:
@@ -134,6 +144,9 @@ def _place(
     task.set_cpu_request(cpu).set_cpu_limit(cpu).set_memory_request(memory).set_memory_limit(memory)
     kubernetes.add_node_selector_json(task, node_selector)
     kubernetes.add_toleration_json(task, tolerations)
+    # Else KFP's compiler forgets to hand what a pod asks for down into a condition.
+    asked = (image, accelerator, accelerator_count, cpu, memory)
+    task.register_pipeline_channels([value for value in asked if isinstance(value, PipelineChannel)])
 
 
 @dsl.pipeline(name=PIPELINE_NAME, display_name="RLHF with PPO")
@@ -247,6 +260,7 @@ def ppo(
     hub_adapter: bool = False,
     mlflow_tracking_uri: str = "",
     mlflow_registered_model: str = "",
+    mlflow_skip_unchanged: bool = False,
     # parameters: end
 ) -> None:
     """Fine-tune a language model with PPO against a reward; push it to the hub if it passes the gate."""

@@ -17,6 +17,19 @@ Events = dict[str, dict[str, Any]]
 
 def succeeded(events: Events, directory: Path) -> str:
     """The summary of a run that went through, from the last event of each kind."""
+    if "unchanged" in events:
+        lines = [("Ended", f"early, with nothing new since the run {events['unchanged']['since']}")]
+    else:
+        lines = [
+            *_results(events),
+            ("Model", _shown(directory / "policy")),
+            ("Report", _shown(directory / "report.html")),
+        ]
+    lines += [("Log", _shown(directory / "pipeline.log")), *_tracking(events.get("tracking"))]
+    return "\n".join(f"{name:<9}{text}" for name, text in lines)
+
+
+def _results(events: Events) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     found = events.get("evaluation")
     if found:
@@ -36,13 +49,7 @@ def succeeded(events: Events, directory: Path) -> str:
         lines.append(("Push", f"skipped: {events['push_skipped']['reason']}"))
     elif found:
         lines.append(("Push", "none: the gate held the policy back"))
-    lines += [
-        ("Model", _shown(directory / "policy")),
-        ("Report", _shown(directory / "report.html")),
-        ("Log", _shown(directory / "pipeline.log")),
-        *_tracking(events.get("tracking")),
-    ]
-    return "\n".join(f"{name:<9}{text}" for name, text in lines)
+    return lines
 
 
 def _tracking(event: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -18,6 +18,11 @@ def _write(directory, name, content):
     (Path(directory) / name).write_text(content)
 
 
+def detect_changes(config, run_id, model_digest, data_digest):
+    _called("detect_changes", config=config, run_id=run_id, model_digest=model_digest, data_digest=data_digest)
+    return os.environ.get("CHANGED", "true") == "true"
+
+
 def snapshot_reference(model_name, model_revision, reference, tokenizer):
     _called("snapshot_reference", model_name=model_name, model_revision=model_revision)
     _write(reference, "model.safetensors", "reference")

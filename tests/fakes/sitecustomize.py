@@ -1,4 +1,7 @@
-"""Put on PYTHONPATH: the work of every step but the first is light work that writes down how it was called."""
+"""Put on PYTHONPATH: the work of every step but the first is light work that writes down how it was called.
+
+But for the modules of work that REAL names, separated by commas.
+"""
 
 import importlib.abc
 import importlib.util
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 WORK = {
+    "rlhf_ppo.change_detection.detect",
     "rlhf_ppo.reference_snapshot.snapshot",
     "rlhf_ppo.dataset_preparation.prepare",
     "rlhf_ppo.ppo_training.train",
@@ -21,7 +25,7 @@ class LightWork(importlib.abc.MetaPathFinder):
     """Finds each work module in light_work.py."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname not in WORK:
+        if fullname not in WORK or fullname.rpartition(".")[2] in os.environ.get("REAL", "").split(","):
             return None
         if fullname.endswith("." + os.environ["NOT_INSTALLED"]):
             raise ModuleNotFoundError("No module named 'torch'")

@@ -119,6 +119,7 @@ def validate_config(
     hub_adapter: bool = False,
     mlflow_tracking_uri: str = "",
     mlflow_registered_model: str = "",
+    mlflow_skip_unchanged: bool = False,
     # parameters: end
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Outputs",

@@ -120,10 +120,11 @@ def digest(source: str, revision: str) -> str:
         return digest_of_path(Path(source))
     if found == "url":
         return digest_of_url(source)
-    return "" if is_commit(revision) else _once()
+    return "" if is_commit(revision) else unknown()
 
 
-def _once() -> str:
+def unknown() -> str:
+    """A value that is never the same twice, in the place of a digest that can't be told."""
     return f"unknown-{uuid.uuid4().hex}"
 
 
@@ -144,9 +145,9 @@ def digest_of_url(url: str) -> str:
         else:
             entries = [(path, info)]
     except Exception:  # by protocol; the step that reads it says what is wrong
-        return _once()
+        return unknown()
     versions = [(name, _version(info)) for name, info in entries]
-    return digest_of(versions) if versions and all(version for _, version in versions) else _once()
+    return digest_of(versions) if versions and all(version for _, version in versions) else unknown()
 
 
 def _version(info: dict[str, Any]) -> list[tuple[str, str]]:

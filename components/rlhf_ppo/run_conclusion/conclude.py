@@ -6,7 +6,7 @@ import os
 import threading
 from pathlib import Path
 
-from rlhf_ppo.delivery import client_of, parent_run
+from rlhf_ppo.delivery import UNCHANGED_TAG, client_of, pipeline_run_of
 from rlhf_ppo.events import emit
 from rlhf_ppo.tracking import DEADLINE, default_uri, resend
 
@@ -28,13 +28,17 @@ def _end(run_id: str, succeeded: bool, tracking_uri: str, experiment: str) -> No
     left = resend(Path(spool)) if spool else []
     for directory in left:
         print(f"[tracking] not delivered: {directory}; send it by: python -m rlhf_ppo.tracking {spool}", flush=True)
-    if os.environ.get("MLFLOW_RUN_ID"):
-        return
     uri = default_uri(tracking_uri)
     try:
         client = client_of(uri)
-        parent = parent_run(client, uri, experiment, run_id)
-        client.set_tag(parent, "rlhf_ppo.outcome", "succeeded" if succeeded else "failed")
-        client.set_terminated(parent, "FINISHED" if succeeded else "FAILED")
+        run = pipeline_run_of(client, uri, experiment, run_id)
+        before = run.data.tags.get(UNCHANGED_TAG)
+        if before:
+            print(f"nothing was trained: nothing new since the run {before}", flush=True)
+        if os.environ.get("MLFLOW_RUN_ID"):
+            return  # KFP ends the runs that it made.
+        outcome = ("unchanged" if before else "succeeded") if succeeded else "failed"
+        client.set_tag(run.info.run_id, "rlhf_ppo.outcome", outcome)
+        client.set_terminated(run.info.run_id, "FINISHED" if succeeded else "FAILED")
     except Exception as error:
         print(f"[tracking] the run is not marked as ended on {uri}: {type(error).__name__}: {error}", flush=True)
