@@ -14,7 +14,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from hub_server import CUT, Fault, Hub, Repository
+from hub_server import CUT, SILENT, Fault, Hub, Repository
 from rlhf_ppo.parameters import decode
 from rlhf_ppo.ppo import PolicyWithValueHead
 from rlhf_ppo.ppo_training.policy_files import save_policy
@@ -26,7 +26,9 @@ from tiny_models import VOCABULARY, llama, word_tokenizer
 EVALUATE = """
 import sys
 from pathlib import Path
+from rlhf_ppo import hub
 from rlhf_ppo.policy_evaluation.evaluate import evaluate_policy
+hub.LONGEST_SILENCE = 2.0
 place, out = Path(sys.argv[2]), Path(sys.argv[3])
 evaluate_policy(sys.argv[1], place / "prompts", place / "reference", place / "policy", place / "history",
                 out / "evaluation", out / "report", "run-1", "s3://store/policy")
@@ -125,7 +127,8 @@ def test_where_no_model_is_published_nothing_is_compared_with(
 
 def test_a_hub_that_fails_for_a_moment_is_asked_again(hub: Hub, inputs: Path, tmp_path: Path) -> None:
     commit = publish(hub, inputs / "policy")
-    hub.faults = [Fault("GET", "/api/models/me/film/revision", 503, times=2), Fault("GET", "/api/models", CUT)]
+    looked_at = "/api/models/me/film/revision"
+    hub.faults = [Fault("GET", looked_at, how, times=2) for how in (503, SILENT)] + [Fault("GET", "/api/models", CUT)]
     assert evaluate_with(hub, inputs, tmp_path)["champion"]["revision"] == commit
     assert not any(fault.times for fault in hub.faults)
 
