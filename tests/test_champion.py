@@ -78,8 +78,12 @@ def test_the_policy_is_compared_with_what_is_published_on_the_same_prompts_and_s
     champion = found["champion"]
     # The published model is the policy itself: the same responses, no gain, no win.
     assert (champion["repo_id"], champion["revision"]) == ("me/film", commit)
-    assert champion["score"] == found["metrics"]["score"]["policy"]
-    assert champion["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0} and champion["win_rate"]["mean"] == 0.5
+    zero = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert champion["metrics"].keys() == found["metrics"].keys() and champion["win_rate"]["mean"] == 0.5
+    for name, of in champion["metrics"].items():
+        assert of["champion"] == of["policy"] == found["metrics"][name]["policy"] and of["gain"] == zero
+    assert all(abs(end) < 1e-4 for kind in ("kl", "kl3") for end in champion[kind].values())
+    assert abs(found["kl"]["mean"]) > 0.01, "the reference is another"
     rows = parquet.read_table(tmp_path / "evaluation" / "samples.parquet").to_pylist()
     assert [row["champion"] for row in rows] == [row["policy"] for row in rows]
     assert not found["verdict"]["passed"]
@@ -109,7 +113,9 @@ def test_a_published_model_with_other_tokens_reads_and_says_the_same_texts(
     found = evaluate_with(hub, inputs, tmp_path, rollout_temperature=1e-6)
     rows = parquet.read_table(tmp_path / "evaluation" / "samples.parquet").to_pylist()
     assert [row["champion"] for row in rows] == [row["policy"] for row in rows]
-    assert len({row["policy"] for row in rows}) > 1 and found["champion"]["gain"]["mean"] == 0
+    assert len({row["policy"] for row in rows}) > 1 and found["champion"]["metrics"]["score"]["gain"]["mean"] == 0
+    # Probabilities of other tokens are not comparable.
+    assert "nll" not in found["champion"]["metrics"] and "kl" not in found["champion"]
 
 
 @pytest.mark.parametrize("case", ["no repository", "no weights", "no rights"])
