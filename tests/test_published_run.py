@@ -75,7 +75,7 @@ def run(hub: Hub, place: Path, name: str, changes: dict[str, Any]) -> Run:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "MLFLOW_", "RLHF_"))},
         "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(place / "hf"), "HF_TOKEN": TOKEN,
-        "TMPDIR": str(place),
+        "TMPDIR": str(place), "HOME": str(place),
     }  # fmt: skip
     given = [f"--set={name}={value}" for name, value in {**SMALL, **changes}.items()]
     command = [sys.executable, "-m", "rlhf_pipelines.cli", "run", "--parameters", f"{DEMO}/parameters.yaml", *given]
@@ -109,7 +109,7 @@ def test_a_policy_that_fails_the_gate_leaves_the_hub_as_it_was(runs: Runs) -> No
     assert not found["verdict"]["passed"]
     # The same seed made the same policy: against the published one it gains nothing.
     assert found["champion"]["revision"] == runs.hub.repositories["me/film"].commits[-1][0]
-    assert found["champion"]["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert found["champion"]["metrics"]["score"]["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_the_registry_has_what_was_published_as_its_champion_by_reference(runs: Runs) -> None:
