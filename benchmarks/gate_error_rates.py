@@ -51,13 +51,18 @@ def passed(kind: str, prompts: int, gain: float, pairs: int) -> float:
 
 
 def main(pairs: int) -> None:
-    """Print a table for each kind of scores."""
+    """Print a table for each kind of scores, and the worst of both errors."""
     print(f"share of {pairs} evaluations that the gate passes, by gain in standard deviations of a score")
+    promoted, missed = [], []
     for kind in KINDS:
         print(f"\n{kind}\n{'prompts':>8}" + "".join(f"{gain:>8g}" for gain in GAINS))
         for prompts in PROMPTS:
-            shares = (passed(kind, prompts, gain, pairs) for gain in GAINS)
+            shares = [passed(kind, prompts, gain, pairs) for gain in GAINS]
             print(f"{prompts:>8}" + "".join(f"{share:>8.1%}" for share in shares), flush=True)
+            promoted.append(shares[0])
+            missed.append(1 - shares[-1])
+    print(f"\nof equal policies it promotes at most {max(promoted):.1%}")
+    print(f"of policies better by {GAINS[-1]:g} it holds at most {max(missed):.1%}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import os
 import re
 import socket
+import struct
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,13 +17,17 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
-CUT = 0  # the status of a Fault that closes the connection
-HALF = 1  # the status of a Fault that closes it in the middle of the answer
+# What a Fault may do in the place of a status
+CUT = 0  # closes the connection
+HALF = 1  # closes it in the middle of the answer
+RESET = 2  # resets the connection
+MIDWAY = 3  # resets it in the middle of the request
+SILENT = 4  # says nothing until the client has gone
 
 
 @dataclass
 class Fault:
-    """``times`` requests answered with ``status`` or, for CUT, not at all; what one asked may take effect even so."""
+    """``times`` requests answered with ``status`` or not at all; what one asked may take effect even so."""
 
     method: str
     path: str
@@ -71,6 +78,7 @@ class Hub:
         self.paths: list[str] = []
         self.fault_at: dict[int, Fault] = {}
         """A fault by the number of the request, counted in ``paths``."""
+        self.lock = threading.Lock()
         handler = type("Bound", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -107,27 +115,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _handle(self) -> None:
-        body = self._read()
         path = unquote(urlsplit(self.path).path)
-        self.hub.paths.append(f"{self.command} {self.path}")
-        fault = self.hub.fault_at.pop(len(self.hub.paths) - 1, None)
-        fault = fault or next(
-            (f for f in self.hub.faults if f.times and f.method == self.command and f.path in path), None
-        )
-        if fault:
-            fault.times -= 1
+        fault = self._fault(path)
+        if fault and fault.status == MIDWAY:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
+            self._reset()
+            return
+        body = self._read()
         try:
-            found = self._route(path, body) if fault is None or fault.takes_effect else None
-            if fault and fault.status == HALF:
-                content = json.dumps(found).encode() if not isinstance(found, tuple) else found[0]
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content) + 10))
-                self.end_headers()
-                self.wfile.write(content[: len(content) // 2])
-                self.wfile.flush()
-            if fault and fault.status in (CUT, HALF):
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
+            with self.hub.lock:
+                found = self._route(path, body) if fault is None or fault.takes_effect else None
+            if fault and fault.status < 100:
+                self._break_off(fault.status, found)
                 return
             if fault:
                 raise Refused(fault.status, "fault")
@@ -137,6 +136,40 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as refusal:
             headers = {"X-Error-Message": refusal.words, **({"X-Error-Code": refusal.code} if refusal.code else {})}
             self._answer(refusal.status, json.dumps({"error": refusal.words, "url": refusal.url}).encode(), headers)
+
+    def _fault(self, path: str) -> Fault | None:
+        """What is to go wrong with this request, which is counted."""
+        self.hub.paths.append(f"{self.command} {self.path}")
+        fault = self.hub.fault_at.pop(len(self.hub.paths) - 1, None)
+        fault = fault or next(
+            (f for f in self.hub.faults if f.times and f.method == self.command and f.path in path), None
+        )
+        if fault:
+            fault.times -= 1
+        return fault
+
+    def _break_off(self, how: int, found: Any) -> None:
+        """End without an answer, or with half of it."""
+        if how == HALF:
+            content = json.dumps(found).encode() if not isinstance(found, tuple) else found[0]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content) + 10))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+        if how == SILENT:
+            self.connection.recv(1)
+        if how == RESET:
+            self._reset()
+        else:
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _reset(self) -> None:
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = _handle
 

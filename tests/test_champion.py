@@ -14,7 +14,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from hub_server import CUT, Fault, Hub, Repository
+from hub_server import CUT, SILENT, Fault, Hub, Repository
 from rlhf_ppo.parameters import decode
 from rlhf_ppo.ppo import PolicyWithValueHead
 from rlhf_ppo.ppo_training.policy_files import save_policy
@@ -26,7 +26,9 @@ from tiny_models import VOCABULARY, llama, word_tokenizer
 EVALUATE = """
 import sys
 from pathlib import Path
+from rlhf_ppo import hub
 from rlhf_ppo.policy_evaluation.evaluate import evaluate_policy
+hub.LONGEST_SILENCE = 2.0
 place, out = Path(sys.argv[2]), Path(sys.argv[3])
 evaluate_policy(sys.argv[1], place / "prompts", place / "reference", place / "policy", place / "history",
                 out / "evaluation", out / "report", "run-1", "s3://store/policy")
@@ -76,8 +78,12 @@ def test_the_policy_is_compared_with_what_is_published_on_the_same_prompts_and_s
     champion = found["champion"]
     # The published model is the policy itself: the same responses, no gain, no win.
     assert (champion["repo_id"], champion["revision"]) == ("me/film", commit)
-    assert champion["score"] == found["metrics"]["score"]["policy"]
-    assert champion["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0} and champion["win_rate"]["mean"] == 0.5
+    zero = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert champion["metrics"].keys() == found["metrics"].keys() and champion["win_rate"]["mean"] == 0.5
+    for name, of in champion["metrics"].items():
+        assert of["champion"] == of["policy"] == found["metrics"][name]["policy"] and of["gain"] == zero
+    assert all(abs(end) < 1e-4 for kind in ("kl", "kl3") for end in champion[kind].values())
+    assert abs(found["kl"]["mean"]) > 0.01, "the reference is another"
     rows = parquet.read_table(tmp_path / "evaluation" / "samples.parquet").to_pylist()
     assert [row["champion"] for row in rows] == [row["policy"] for row in rows]
     assert not found["verdict"]["passed"]
@@ -107,7 +113,9 @@ def test_a_published_model_with_other_tokens_reads_and_says_the_same_texts(
     found = evaluate_with(hub, inputs, tmp_path, rollout_temperature=1e-6)
     rows = parquet.read_table(tmp_path / "evaluation" / "samples.parquet").to_pylist()
     assert [row["champion"] for row in rows] == [row["policy"] for row in rows]
-    assert len({row["policy"] for row in rows}) > 1 and found["champion"]["gain"]["mean"] == 0
+    assert len({row["policy"] for row in rows}) > 1 and found["champion"]["metrics"]["score"]["gain"]["mean"] == 0
+    # Probabilities of other tokens are not comparable.
+    assert "nll" not in found["champion"]["metrics"] and "kl" not in found["champion"]
 
 
 @pytest.mark.parametrize("case", ["no repository", "no weights", "no rights"])
@@ -125,7 +133,8 @@ def test_where_no_model_is_published_nothing_is_compared_with(
 
 def test_a_hub_that_fails_for_a_moment_is_asked_again(hub: Hub, inputs: Path, tmp_path: Path) -> None:
     commit = publish(hub, inputs / "policy")
-    hub.faults = [Fault("GET", "/api/models/me/film/revision", 503, times=2), Fault("GET", "/api/models", CUT)]
+    looked_at = "/api/models/me/film/revision"
+    hub.faults = [Fault("GET", looked_at, how, times=2) for how in (503, SILENT)] + [Fault("GET", "/api/models", CUT)]
     assert evaluate_with(hub, inputs, tmp_path)["champion"]["revision"] == commit
     assert not any(fault.times for fault in hub.faults)
 

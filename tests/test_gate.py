@@ -30,12 +30,14 @@ GOOD: dict[str, Any] = {
     "kl3": {"mean": 6.5, "low": 5.5, "high": 7.5},
     "distinct2_ratio": 0.9,
     "empty_responses": 0.0,
+    "same_responses": 0.05,
 }
 FIGURES = [
     *(f"metrics.score.{who}.{end}" for who in ("policy", "reference", "gain") for end in ("mean", "low", "high")),
     *(f"{name}.{end}" for name in ("kl", "kl3", "win_rate") for end in ("mean", "low", "high")),
     "distinct2_ratio",
     "empty_responses",
+    "same_responses",
 ]
 
 
@@ -85,7 +87,8 @@ def test_a_reason_says_what_was_found_and_what_it_is_not() -> None:
         ("metrics.repetition.policy.mean", 0.5, 0.501, "gate_max_repetition"),
         ("kl.high", 24.999, 25.0, "gate_max_kl"),
         ("distinct2_ratio", 0.7, 0.699, "gate_min_distinct2"),
-        ("empty_responses", 0.5, 0.51, "at most 50%"),
+        ("empty_responses", 0.5, 0.501, "50.1% of the responses empty: that is not at most 50%"),
+        ("same_responses", 0.9, 0.901, "90.1% of the responses one and the same: that is not at most 90%"),
     ],
 )
 def test_each_limit_holds_where_its_help_says(figure: str, last_good: float, first_bad: float, parameter: str) -> None:
@@ -107,7 +110,7 @@ def test_limits_are_the_settings() -> None:
         "held: 64 held-out prompts: that is not at least gate_min_prompts=65",
         "held: score gain 0.5 [0.3, 0.7]: the lower end is not above gate_min_score_gain=0.3",
         "held: KL 6 [5, 7] nats per response: the upper end is not below gate_max_kl=7",
-        "held: distinct-2 0.9 times the reference's: that is not at least gate_min_distinct2=0.95",
+        "held: distinct-2 = 0.9 × the reference's: that is not at least gate_min_distinct2=0.95",
     ]
 
 
@@ -117,9 +120,33 @@ def test_a_figure_that_is_not_finite_is_held_by_name(figure: str, value: float) 
     assert f"held: {figure} is not a finite number" in held(found(figure, value))
 
 
-def test_a_policy_that_says_nothing_is_held() -> None:
-    (reason,) = held(found("empty_responses", 1.0), gate_min_distinct2=0.0)
-    assert "100%" in reason
+NOTHING_ASKED = {
+    "gate_min_score_gain": -1e9, "gate_min_win_rate": 0.0, "gate_max_kl": 1e9, "gate_min_distinct2": 0.0,
+    "gate_max_repetition": 1.0, "gate_min_prompts": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("figure", "value"),
+    [("empty_responses", 1.0), ("same_responses", 1.0), ("metrics.score.gain.mean", math.nan), ("kl.high", math.inf)],
+)
+def test_collapse_and_what_is_no_number_are_held_whatever_the_settings_ask_for(figure: str, value: float) -> None:
+    assert held(found(), **NOTHING_ASKED) == []
+    assert held(found(figure, value), **NOTHING_ASKED)
+
+
+def test_a_published_model_is_asked_for_its_gain_alone() -> None:
+    """One that gives no numbers otherwise, because it is broken, can be replaced; one without a score can't."""
+    gain = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    nothing = {"mean": math.nan, "low": math.nan, "high": math.nan}
+    better = {"metrics": {"score": {"gain": gain}, "nll": {"gain": nothing}}, "kl": nothing}
+    assert held(found("champion", better)) == []
+    (reason,) = held(found("champion", better), gate_min_champion_gain=0.1)
+    assert reason == "held: score gain 0.2 [0.1, 0.3] over the published model: the lower end is not above " + (
+        "gate_min_champion_gain=0.1"
+    )
+    (reason,) = held(found("champion", {"metrics": {"score": {"gain": nothing}}}))
+    assert "over the published model" in reason
 
 
 @pytest.mark.parametrize("passed", [True, False])

@@ -102,7 +102,7 @@ def compared_with(outputs: Path, champion: str) -> None:
     path = outputs / "evaluation" / "evaluation.json"
     results = json.loads(path.read_text())
     gain = {"mean": 0.25, "low": 0.125, "high": 0.375}
-    against = {"repo_id": "me/film", "revision": champion, "gain": gain}
+    against = {"repo_id": "me/film", "revision": champion, "metrics": {"score": {"gain": gain}}}
     path.write_text(json.dumps({**results, "champion": against}))
 
 

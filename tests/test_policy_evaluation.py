@@ -145,7 +145,7 @@ def test_equal_samples_have_no_gain_and_no_width() -> None:
     scores = numpy.random.default_rng(1).normal(size=60).tolist()
     found = compare(samples(scores), samples(scores), [0.0] * 60, [0.0] * 60, 2)
     zero = {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert [of["gain"] for of in found["metrics"].values()] == [zero] * 7
+    assert [of["gain"] for of in found["metrics"].values()] == [zero] * 8
     half = {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert found["win_rate"] == half
     assert (found["prompts"], found["distinct2_ratio"]) == (30, 1.0)
@@ -186,7 +186,7 @@ def test_a_policy_that_always_says_the_same_is_held_however_well_it_scores() -> 
     good, varied = ["what a good film"] * 60, [f"a{n} b{n} c{n}" for n in range(60)]
     found = compare(samples([9.0] * 60, good), samples([0.0] * 60, varied), [1.0] * 60, [1.0] * 60, 1)
     held = [reason for reason in decide(found, GateSettings()).reasons if reason.startswith("held")]
-    assert len(held) == 1 and "gate_min_distinct2" in held[0]
+    assert len(held) == 2 and "gate_min_distinct2" in held[0] and "one and the same" in held[1]
 
 
 @pytest.mark.parametrize("spoken", [0, 1, 29])
@@ -200,8 +200,17 @@ def test_a_policy_that_falls_silent_is_held_however_well_it_scores(spoken: int) 
 def test_collapse_is_seen_in_a_language_without_spaces() -> None:
     varied = [f"{chr(0x4E00 + 7 * n)}{chr(0x5E00 + 11 * n)}很好看" for n in range(60)]
     found = compare(samples([9.0] * 60, ["真的很好看"] * 60), samples([0.0] * 60, varied), [1.0] * 60, [1.0] * 60, 1)
-    (reason,) = (reason for reason in decide(found, GateSettings()).reasons if reason.startswith("held"))
-    assert "gate_min_distinct2" in reason
+    held = [reason for reason in decide(found, GateSettings()).reasons if reason.startswith("held")]
+    assert len(held) == 2 and "gate_min_distinct2" in held[0] and "100.0% of the responses one and the same" in held[1]
+
+
+@pytest.mark.parametrize(("others", "passes"), [(0, False), (5, False), (6, True)])
+def test_one_answer_to_everything_is_held_also_where_no_diversity_is_asked_for(others: int, passes: bool) -> None:
+    responses = [f"a{n} b{n}" for n in range(others)] + ["a good film", " a good film\n"] * 27
+    n = len(responses)
+    found = compare(samples([9.0] * n, responses), samples([0.0] * n), [1.0] * n, [1.0] * n, 1)
+    assert found["same_responses"] == pytest.approx(54 / n)
+    assert decide(found, GateSettings(gate_min_distinct2=0.0)).passed == passes
 
 
 # The step
@@ -293,6 +302,10 @@ def test_the_outputs_agree_with_each_other(inputs: Path, tmp_path: Path, events:
         scores = [row[f"{name}_score"] for row in rows]
         assert scores == word_count([], [row[name] for row in rows])
         assert found["metrics"]["score"][name]["mean"] == pytest.approx(sum(scores) / len(scores))
+        ended = [row[f"{name}_ended"] for row in rows]
+        assert found["metrics"]["ended"][name]["mean"] == pytest.approx(sum(ended) / len(ended))
+        assert found["metrics"]["truncated"][name]["mean"] == pytest.approx(1 - sum(ended) / len(ended))
+        assert all(row[f"{name}_length"] == 8 for row in rows if not row[f"{name}_ended"])
     assert figures["score_gain"] == pytest.approx(figures["score_after"] - figures["score_before"])
     assert figures["kl"] == pytest.approx(sum(row["kl"] for row in rows) / len(rows))
     assert all(isinstance(value, float) and math.isfinite(value) for value in figures.values())
@@ -385,7 +398,8 @@ def test_the_tracker_gets_figures_samples_and_the_report(inputs: Path, tmp_path:
     assert {f"eval/{name}": value for name, value in figures.items()}.items() <= run.data.metrics.items()
     assert run.data.tags["rlhf_ppo.gate"] in ("passed", "held")
     artifacts = MlflowClient(f"sqlite:///{inputs}/mlflow/mlflow.db").list_artifacts(run.info.run_id)
-    assert {"report.html", "evaluation.json", "samples.json"} <= {artifact.path for artifact in artifacts}
+    wanted = {"report.html", "evaluation.json", "samples.json", "samples.parquet"}
+    assert wanted <= {artifact.path for artifact in artifacts}
 
 
 def test_a_perplexity_is_the_exponential_of_the_surprise_and_no_error_where_that_is_huge() -> None:

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load as tensors_of
 
 from hub_server import Hub
+from rlhf_ppo.policy_evaluation.report import CURVES
 from rlhf_ppo.releases import tag_of
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +76,7 @@ def run(hub: Hub, place: Path, name: str, changes: dict[str, Any]) -> Run:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "MLFLOW_", "RLHF_"))},
         "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(place / "hf"), "HF_TOKEN": TOKEN,
-        "TMPDIR": str(place),
+        "TMPDIR": str(place), "HOME": str(place),
     }  # fmt: skip
     given = [f"--set={name}={value}" for name, value in {**SMALL, **changes}.items()]
     command = [sys.executable, "-m", "rlhf_pipelines.cli", "run", "--parameters", f"{DEMO}/parameters.yaml", *given]
@@ -109,7 +110,15 @@ def test_a_policy_that_fails_the_gate_leaves_the_hub_as_it_was(runs: Runs) -> No
     assert not found["verdict"]["passed"]
     # The same seed made the same policy: against the published one it gains nothing.
     assert found["champion"]["revision"] == runs.hub.repositories["me/film"].commits[-1][0]
-    assert found["champion"]["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert found["champion"]["metrics"]["score"]["gain"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_the_report_draws_every_curve_that_training_has(runs: Runs) -> None:
+    for run in (runs.passed, runs.held):
+        report = (run.directory / "report.html").read_text()
+        assert len(report.encode()) < 5_000_000 and "Training <small>by PPO step" in report
+        assert [title for title, _, _ in CURVES if f'aria-label="{title}"' not in report] == []
+    assert "Against me/film as published" in report
 
 
 def test_the_registry_has_what_was_published_as_its_champion_by_reference(runs: Runs) -> None:

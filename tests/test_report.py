@@ -12,7 +12,7 @@ import pytest
 from rlhf_ppo.parameters import decode
 from rlhf_ppo.policy_evaluation.charts import histogram, line_chart, strip, ticks
 from rlhf_ppo.policy_evaluation.gate import decide
-from rlhf_ppo.policy_evaluation.report import CURVES, render
+from rlhf_ppo.policy_evaluation.report import CURVES, FIGURES, render
 from rlhf_ppo.policy_evaluation.statistics import Samples, compare
 
 NEEDED = {"model_name": "org/base", "query_dataset": "prompts.jsonl", "reward_model": "rewards:score"}
@@ -124,23 +124,35 @@ def test_a_judge_and_a_published_model_have_their_cards_and_a_judge_its_scores_b
     found = compare(texts, texts, [1.0] * 2, [1.0] * 2, 1)
     gain = {"mean": -0.75, "low": -1.25, "high": -0.25}
     share = {"mean": 0.25, "low": 0.125, "high": 0.375}
-    of = {"gain": gain, "win_rate": share, "score": gain, "reference": gain, "policy": gain}
+    judge = {"name": "m:f", "gain": gain, "win_rate": share, "reference": gain, "policy": gain}
+    of = {"champion": gain, "policy": {"mean": 9.5, "low": 9.0, "high": 10.0}, "gain": gain}
+    champion = {
+        "repo_id": "me/film",
+        "revision": "c0ffee",
+        "metrics": {"score": of, "distinct2": of},
+        "win_rate": share,
+    }
     found |= {"verdict": {"passed": False, "reasons": []}, "lineage": {}}
     row = {"prompt": "p", "sample": 0, "reference": " r", "policy": " q", "reference_score": 0.0, "policy_score": 1.0}
     rows = [{**row, "kl": 1.0, "reference_judge_score": 0.625, "policy_judge_score": -0.125}] * 2
     alone = Page(render(found, [{**row, "kl": 1.0}] * 2, [], settings)).words
     assert "by the judge" not in alone and "judge +" not in alone and "published model" not in alone
-    found |= {"judge": {"name": "m:f", **of}, "champion": {"repo_id": "me/film", "revision": "c", **of}}
+    found |= {"judge": judge, "champion": champion}
     words = Page(render(found, rows, [], settings)).words
     for title in ("Gain over the published model", "Gain by the judge"):
         assert re.search(title + r"-0\.75score \[-1\.25, -0\.25\]", words)
     assert "needs more than 0" in words and "no gain at 0" in words
     assert "judge +0.62" in words and "judge -0.12" in words
-    assert "Perplexity under the reference50.000 [50.000, 50.000]" in words
+    ours, theirs = words.split("Against me/film as published c0ffee")
+    assert "Perplexity under the reference50.000 [50.000, 50.000]" in ours
+    intervals = "-0.750 [-1.250, -0.250]9.500 [9.000, 10.000]-0.750 [-1.250, -0.250]"
+    assert f"publishedpolicygainScore{intervals}Distinct-2{intervals}Win rate, a tie is one half0.250" in theirs
+    # What can't be known of a model with other tokens is not shown.
+    assert "Perplexity" not in theirs and "k1" not in theirs
 
 
 def test_the_page_stays_small_enough_for_a_mail_whatever_is_in_it() -> None:
-    long, many = "word " * 20_000, 300
+    long, many = "word " * 1000, 300
     text = page([float(n) for n in range(many)], [0.0] * many, text=long, steps=20_000)
     assert len(text.encode()) < 5_000_000
 
@@ -191,7 +203,7 @@ def test_numbers_too_large_to_draw_do_not_end_the_step(value: float) -> None:
 
 def test_every_figure_has_its_interval_in_the_table() -> None:
     table = page([1.0, 2.0, 3.0], [0.0, 0.5, 1.0]).split("<table class='figures'>")[1].split("</table>")[0]
-    for name in ("Score", "Response length, tokens", "Share that ends by itself", "Distinct-1", "Distinct-2"):
+    for name, _ in FIGURES:
         (line,) = re.findall(rf"<tr><th>{name}</th>(.*?)</tr>", table)
         assert (
             len(re.findall(r"-?\d+\.\d{3} <span class='soft'><span class='whole'>\[-?\d+\.\d{3}, -?\d+\.\d{3}\]", line))

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from hub_server import Fault, Hub, Repository
 from rlhf_ppo.parameters import decode
 from test_hub_push import READ, WRITE, compared_with, load, outputs, tracked
-from test_hub_push_faults import AFTER, BEFORE
+from test_hub_push_faults import CASES
 from tiny_models import llama
 
 __all__ = ["outputs", "tracked"]  # fixtures
@@ -26,10 +26,12 @@ import sys, time
 from pathlib import Path
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(seconds / 100)
+from rlhf_ppo import hub
 from rlhf_ppo.hub_push.push import publish
 from rlhf_ppo.releases import roll_back
 from rlhf_ppo.parameters import RunSettings
 settings = RunSettings.from_json(sys.argv[1])
+hub.LONGEST_SILENCE = 0.3
 for line in sys.stdin:
     name, what = line.split()
     try:
@@ -163,7 +165,7 @@ def test_whatever_fails_once_a_rollback_is_one_whole_commit(releases: Releases) 
     requests = list(hub.paths)
     wrong, cases = [], 0
     for number, request in enumerate(requests):
-        for status, takes_effect in [(s, False) for s in BEFORE] + [(s, True) for s in AFTER]:
+        for status, takes_effect in CASES:
             repository.branches["main"] = list(before)
             hub.paths.clear()
             hub.fault_at = {number: Fault("", "", status, takes_effect=takes_effect)}

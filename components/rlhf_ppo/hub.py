@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from rlhf_ppo.errors import InputError
@@ -13,6 +15,8 @@ from rlhf_ppo.errors import InputError
 TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 TRIES = 6
 LONGEST_PAUSE = 60.0
+LONGEST_SILENCE = 120.0
+"""Seconds without a word from the hub after which a request has failed; huggingface_hub itself would wait for ever."""
 WEIGHTS = ".safetensors"
 Result = TypeVar("Result")
 
@@ -52,6 +56,7 @@ def tried(call: Callable[[], Result], repo_id: str, parameter: str = "hub_repo_i
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    _end_silence()
     for number in range(TRIES):
         last = number == TRIES - 1
         wish = None
@@ -74,6 +79,40 @@ def tried(call: Callable[[], Result], repo_id: str, parameter: str = "hub_repo_i
                 raise _unreachable(error, parameter, repo_id) from error
         time.sleep(_pause(number, wish))
     raise AssertionError("unreachable")
+
+
+@cache
+def _end_silence() -> None:
+    """Let requests of huggingface_hub fail after LONGEST_SILENCE, also those that it makes without any limit."""
+    http: Any = importlib.import_module("huggingface_hub.utils._http")
+    if hasattr(http, "set_client_factory"):  # since 1.0
+        http.set_client_factory(partial(_limited_client, http.default_client_factory))
+    else:
+        http.configure_http_backend(partial(_limited_session, http._default_backend_factory))
+
+
+def _limited_client(make: Callable[[], Any]) -> Any:
+    """A client of httpx."""
+
+    def limit(request: Any) -> None:
+        limits = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {name: LONGEST_SILENCE if s is None else s for name, s in limits.items()}
+
+    client = make()
+    client.event_hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], limit]}
+    return client
+
+
+def _limited_session(make: Callable[[], Any]) -> Any:
+    """A session of requests."""
+
+    def limited(send: Callable[..., Any], request: Any, **given: Any) -> Any:
+        return send(request, **{**given, "timeout": given.get("timeout") or LONGEST_SILENCE})
+
+    session = make()
+    for adapter in session.adapters.values():
+        adapter.send = partial(limited, adapter.send)
+    return session
 
 
 def _called(call: Callable[[], Result]) -> Result:

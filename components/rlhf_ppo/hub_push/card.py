@@ -86,7 +86,7 @@ def _said(evaluation: dict[str, Any]) -> str:
         f"{evaluation['distinct2_ratio']:.0%} of its distinct word pairs.",
     ]
     if champion:
-        gain = champion["gain"]
+        gain = champion["metrics"]["score"]["gain"]
         text.append(
             f"Over the model that was published before (`{champion['revision']}`) the score's gain is "
             f"{gain['mean']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]."

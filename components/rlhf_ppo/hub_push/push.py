@@ -114,11 +114,23 @@ def _branch(repo_id: str, private: bool, name: str) -> Branch:
     from huggingface_hub import HfApi
 
     api = HfApi(token=write_token(repo_id))
-    # The hub completes a name without owner by the token's.
-    repo_id = tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id).repo_id
+
+    def repository() -> str:
+        # The hub completes a name without owner by the token's.
+        named = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        if not named:  # a conflict that is not with an existing repository; since 1.0 the client raises
+            raise ConnectionError("the hub's answer names no repository")
+        return named
+
+    def branch() -> None:
+        # Not exist_ok, which takes every conflict for an existing branch.
+        if name not in {found.name for found in api.list_repo_refs(full_name).branches}:
+            api.create_branch(full_name, branch=name)
+
+    full_name = tried(repository, repo_id)
     if name != "main":
-        tried(lambda: api.create_branch(repo_id, branch=name, exist_ok=True), repo_id)
-    return Branch(api, repo_id, name)
+        tried(branch, full_name)
+    return Branch(api, full_name, name)
 
 
 def _commit_once(
@@ -171,7 +183,7 @@ def _tag_once(branch: Branch, revision: str, run_id: str) -> str:
     name = tag_of(run_id)
 
     def attempt() -> None:
-        # Not exist_ok, which takes every conflict for an existing tag.
+        # Not exist_ok, as above.
         if name not in {tag.name for tag in branch.api.list_repo_refs(branch.repo_id).tags}:
             branch.api.create_tag(branch.repo_id, tag=name, revision=revision)
 

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rlhf_ppo.artifacts import complete_directory, digest_of, write_json, write_whole
 from rlhf_ppo.devices import Device, find_device, has_habana
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings, encode
-from rlhf_ppo.policy_evaluation.champion import fetch_champion, load_champion
+from rlhf_ppo.policy_evaluation.champion import fetch_champion
 from rlhf_ppo.policy_evaluation.gate import decide
 from rlhf_ppo.policy_evaluation.report import render
-from rlhf_ppo.policy_evaluation.statistics import (
-    Samples,
-    against,
-    compare,
-    interval,
-    kl_estimates,
-    per_prompt,
-    perplexity,
-)
-from rlhf_ppo.ppo import Prompt, Sampling
-from rlhf_ppo.ppo.generation import Generated, draw, sample
-from rlhf_ppo.ppo.models import load_model
-from rlhf_ppo.ppo.rewards import Reward, load_reward, score, totals
-from rlhf_ppo.ppo.rollout import response_logprobs
+from rlhf_ppo.policy_evaluation.responses import Measured, Models, measure
+from rlhf_ppo.policy_evaluation.statistics import Samples, against, compare, divergence, paired, perplexity, win_rate
+from rlhf_ppo.ppo import Prompt
+from rlhf_ppo.ppo.rewards import load_reward, score, totals
 from rlhf_ppo.ppo_training.policy_files import TRAINING
 from rlhf_ppo.ppo_training.train import read_prompts
 from rlhf_ppo.preflight import check_cards
@@ -70,11 +56,9 @@ def evaluate_policy(
         with tempfile.TemporaryDirectory(prefix="rlhf-ppo-") as place:
             champion = fetch_champion(settings, Path(place))
             models = Models(reference, policy, Path(place) if champion else None)
-            samples, k1, k3 = _measure(settings, repeated, reward, models)
-        found = compare(samples["policy"], samples["reference"], k1, k3, settings.evaluation.eval_samples_per_prompt)
-        if champion:
-            compared = against(samples["policy"], samples["champion"], settings.evaluation.eval_samples_per_prompt)
-            found["champion"] = {"repo_id": settings.repo_id, "revision": champion, **compared}
+            measured = measure(settings, repeated, reward, models, _device(settings).device)
+        samples, k1 = measured.samples, measured.kl["reference"][0]
+        found = _found(measured, settings, champion)
         judged: dict[str, Samples] = {}
         if settings.evaluation.eval_judge:
             judged = _judged(settings, repeated, samples)
@@ -109,57 +93,18 @@ def _held_out(prompts: Path, settings: RunSettings) -> list[Prompt]:
     return [prompt for prompt in held_out for _ in range(settings.evaluation.eval_samples_per_prompt)]
 
 
-@dataclass(frozen=True)
-class Models:
-    """Where the models that are compared lie; there may be no champion."""
-
-    reference: Path
-    policy: Path
-    champion: Path | None
-
-
-def _measure(
-    settings: RunSettings, prompts: Sequence[Prompt], reward: Reward, models: Models
-) -> tuple[dict[str, Samples], list[float], list[float]]:
-    """Scored samples of all models, one in memory at a time, and the two KL estimates of the policy's."""
-    from transformers import AutoTokenizer
-
-    tokenizer, device = AutoTokenizer.from_pretrained(models.reference), _device(settings).device
-    rounds = 3 if models.champion else 2
-    # 1. The policy responds
-    model = load_model(models.policy, settings.model.model_dtype).to(device)
-    of_policy = _respond(model, prompts, settings, _progress(0, rounds, len(prompts)))
-    policy_ends = _ends(model)
-    del model
-    gc.collect()
-    # 2. The reference responds, and says how likely the policy's responses are
-    model = load_model(models.reference, settings.model.model_dtype).to(device)
-    of_reference = _respond(model, prompts, settings, _progress(1, rounds, len(prompts)))
-    ref_logprobs = _logprobs(model, prompts, of_policy, settings)
-    k1, k3 = kl_estimates(of_policy.logprobs, ref_logprobs)
-    reference_ends = _ends(model)
-    del model
-    gc.collect()
-    # 3. The reward scores all
-    samples = {
-        "policy": _samples(of_policy, ref_logprobs, prompts, tokenizer, reward, policy_ends),
-        "reference": _samples(of_reference, of_reference.logprobs, prompts, tokenizer, reward, reference_ends),
-    }
-    # 4. The published model responds, if there is one
-    if models.champion is not None:
-        model = load_champion(models.champion, settings, models.reference).to(device)
-        theirs = AutoTokenizer.from_pretrained(models.champion)
-        asked = prompts if theirs.get_vocab() == tokenizer.get_vocab() else _read_by(theirs, prompts)
-        found = _respond(model, asked, settings, _progress(2, rounds, len(prompts)))
-        samples["champion"] = _samples(found, [], prompts, theirs, reward, _ends(model))
-    return samples, k1, k3
-
-
-def _read_by(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """``prompts`` in the tokens of another model; their texts hold the special tokens that they begin with."""
-    texts = [prompt.text for prompt in prompts]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [Prompt(text, torch.tensor(row, dtype=torch.long)) for text, row in zip(texts, ids, strict=True)]
+def _found(measured: Measured, settings: RunSettings, champion: str | None) -> dict[str, Any]:
+    """Every figure against the reference, and against the published model, of the commit ``champion``."""
+    samples, kl, each = measured.samples, measured.kl, settings.evaluation.eval_samples_per_prompt
+    found = compare(samples["policy"], samples["reference"], *kl["reference"], each)
+    if champion:
+        found["champion"] = {
+            "repo_id": settings.repo_id,
+            "revision": champion,
+            **against(samples["policy"], samples["champion"], each, "champion"),
+            **(divergence(*kl["champion"], each) if "champion" in kl else {}),
+        }
+    return found
 
 
 def _judged(settings: RunSettings, prompts: Sequence[Prompt], samples: dict[str, Samples]) -> dict[str, Samples]:
@@ -175,63 +120,10 @@ def _judged(settings: RunSettings, prompts: Sequence[Prompt], samples: dict[str,
 
 
 def _verdict_of_judge(settings: RunSettings, judged: dict[str, Samples]) -> dict[str, Any]:
+    policy, reference = judged["policy"].scores, judged["reference"].scores
     each = settings.evaluation.eval_samples_per_prompt
-    compared = against(judged["policy"], judged["reference"], each)
-    return {
-        "name": settings.evaluation.eval_judge,
-        "gain": compared["gain"],
-        "win_rate": compared["win_rate"],
-        "reference": compared["score"],
-        "policy": interval(per_prompt(judged["policy"].scores, each)),
-    }
-
-
-def _ends(model: Any) -> set[int]:
-    return set(Sampling.for_model(model, 1).eos_token_ids)
-
-
-def _progress(number: int, rounds: int, each: int) -> Callable[[int], None]:
-    def report(done: int) -> None:
-        emit("progress", step="evaluate_policy", done=number * each + done, total=rounds * each, unit="responses")
-
-    return report
-
-
-def _respond(
-    model: Any, prompts: Sequence[Prompt], settings: RunSettings, progress: Callable[[int], None]
-) -> Generated:
-    sampling = Sampling.for_model(model, settings.rollout.rollout_max_new_tokens, settings.rollout.rollout_temperature)
-    generator = torch.Generator().manual_seed(settings.evaluation.eval_seed)
-    uniform = draw(len(prompts), sampling.max_new_tokens, generator)
-    queries = [prompt.input_ids.to(model.device) for prompt in prompts]
-    return sample(model, queries, sampling, uniform, settings.rollout.rollout_batch_size, progress)
-
-
-def _logprobs(model: Any, prompts: Sequence[Prompt], generated: Generated, settings: RunSettings) -> list[torch.Tensor]:
-    queries = [prompt.input_ids.to(model.device) for prompt in prompts]
-    temperature = settings.rollout.rollout_temperature
-    return response_logprobs(model, queries, generated.responses, temperature=temperature)
-
-
-def _samples(
-    generated: Generated,
-    ref_logprobs: Sequence[torch.Tensor],
-    prompts: Sequence[Prompt],
-    tokenizer: Any,
-    reward: Reward,
-    ends: set[int],
-) -> Samples:
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in generated.responses]
-    return Samples(
-        texts,
-        totals(
-            score(reward, [prompt.text for prompt in prompts], texts, [ids.tolist() for ids in generated.responses])
-        ),
-        [len(ids) for ids in generated.responses],
-        [len(ids) > 0 and int(ids[-1]) in ends for ids in generated.responses],
-        [float(-row.double().mean()) if len(row) else 0.0 for row in ref_logprobs],
-        [ids.tolist() for ids in generated.responses],
-    )
+    won = win_rate(policy, reference, each)
+    return {"name": settings.evaluation.eval_judge, **paired(policy, reference, each, "reference"), "win_rate": won}
 
 
 def _rows(
@@ -242,24 +134,15 @@ def _rows(
         {
             "prompt": prompt.text,
             "sample": row % each,
-            "reference": samples["reference"].responses[row],
-            "policy": samples["policy"].responses[row],
-            "reference_score": samples["reference"].scores[row],
-            "policy_score": samples["policy"].scores[row],
+            **{name: of.responses[row] for name, of in samples.items()},
+            **{f"{name}_score": of.scores[row] for name, of in samples.items()},
             "kl": k1[row],
-            "policy_length": samples["policy"].lengths[row],
-            "policy_ended": samples["policy"].ended[row],
-            **{f"{name}_judge_score": of.scores[row] for name, of in sorted(judged.items())},
-            **_of_champion(samples.get("champion"), row),
+            **{f"{name}_length": of.lengths[row] for name, of in samples.items()},
+            **{f"{name}_ended": of.ended[row] for name, of in samples.items()},
+            **{f"{name}_judge_score": of.scores[row] for name, of in judged.items()},
         }
         for row, prompt in enumerate(prompts)
     ]
-
-
-def _of_champion(champion: Samples | None, row: int) -> dict[str, Any]:
-    if champion is None:
-        return {}
-    return {"champion": champion.responses[row], "champion_score": champion.scores[row]}
 
 
 def _lineage(settings: RunSettings, run_id: str, prompts: Path, reference: Path, policy: Path) -> dict[str, Any]:
@@ -317,6 +200,7 @@ def _track(
     tracker.log_dataset("held-out prompts", digest, str(settings.ppo.query_dataset), "evaluation")
     tracker.log_artifact(evaluation / "report.html")
     tracker.log_artifact(evaluation / "evaluation.json")
+    tracker.log_artifact(evaluation / "samples.parquet")
 
 
 def _headline(found: dict[str, Any]) -> dict[str, float]:
@@ -335,6 +219,7 @@ def _headline(found: dict[str, Any]) -> dict[str, float]:
         "perplexity_under_reference": perplexity(found["metrics"]["nll"]["policy"]["mean"]),
         "repetition": found["metrics"]["repetition"]["policy"]["mean"],
         "ended": found["metrics"]["ended"]["policy"]["mean"],
+        "truncated": found["metrics"]["truncated"]["policy"]["mean"],
         "response_length": found["metrics"]["response_length"]["policy"]["mean"],
         "passed": float(found["verdict"]["passed"]),
     }

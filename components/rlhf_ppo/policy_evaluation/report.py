@@ -21,14 +21,25 @@ MOST_POINTS = 300
 POLICY, REFERENCE = 0, 1  # colours of charts.py
 CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Reward", "mean score of a batch", {"reward": "env/reward_mean"}),
-    ("KL to the reference", "nats per response", {"KL": "objective/kl"}),
+    ("KL", "nats per response", {"KL": "objective/kl"}),
     ("KL coefficient", "", {"coefficient": "objective/kl_coef"}),
     ("Losses", "", {"policy": "ppo/loss/policy", "value": "ppo/loss/value"}),
     ("Clipped ratios", "share of tokens", {"share": "ppo/policy/clipfrac"}),
     ("Entropy", "nats per token", {"entropy": "ppo/policy/entropy"}),
     ("Response length", "tokens", {"length": "tokens/responses_len_mean"}),
-    ("Explained variance", "of the returns", {"explained": "ppo/val/var_explained"}),
+    ("Explained variance", "of returns", {"explained": "ppo/val/var_explained"}),
     ("Speed", "tokens per second", {"speed": "tokens/per_second"}),
+)
+
+FIGURES = (
+    ("Score", "score"),
+    ("Response length, tokens", "response_length"),
+    ("Share that ends by itself", "ended"),
+    ("Share cut off at the longest length", "truncated"),
+    ("Share of repeated word 4-grams", "repetition"),
+    ("Distinct-1", "distinct1"),
+    ("Distinct-2", "distinct2"),
+    ("Surprise of the reference, nats per token", "nll"),
 )
 
 
@@ -71,7 +82,7 @@ def _heading(evaluation: dict[str, Any], settings: RunSettings) -> str:
     return (
         f"<header><h1>{_text(settings.ppo.exp_name)}</h1><p class='under'><code>{model}</code> fine-tuned with PPO "
         f"against <code>{reward}</code>, judged on {evaluation['prompts']} held-out prompts with "
-        f"{each} response{'s' if each > 1 else ''} each. Brackets are 95 % intervals.</p></header>"
+        f"{each} response{'s' if each > 1 else ''} each. Brackets are 95&nbsp;% intervals.</p></header>"
     )
 
 
@@ -129,7 +140,8 @@ def _cards(evaluation: dict[str, Any], settings: RunSettings) -> str:
         ),
     ]
     if champion:
-        cards.append(_gain_card("Gain over the published model", champion["gain"], gate.gate_min_champion_gain))
+        gained = champion["metrics"]["score"]["gain"]
+        cards.append(_gain_card("Gain over the published model", gained, gate.gate_min_champion_gain))
     if judge:
         cards.append(_gain_card("Gain by the judge", judge["gain"], gate.gate_min_judge_gain))
     return f"<section class='cards'>{''.join(cards)}</section>"
@@ -239,38 +251,44 @@ def _cut(text: str) -> str:
 
 
 def _figures(evaluation: dict[str, Any]) -> str:
-    lines = ""
-    for name, key in (
-        ("Score", "score"),
-        ("Response length, tokens", "response_length"),
-        ("Share that ends by itself", "ended"),
-        ("Share of repeated word 4-grams", "repetition"),
-        ("Surprise of the reference, nats per token", "nll"),
-        ("Distinct-1", "distinct1"),
-        ("Distinct-2", "distinct2"),
-    ):
-        of = evaluation["metrics"][key]
-        lines += _line(name, _cell(of["reference"]), _cell(of["policy"]), _cell(of["gain"]))
-    surprise = evaluation["metrics"]["nll"]
-    before, after = ({end: perplexity(nll) for end, nll in surprise[who].items()} for who in ("reference", "policy"))
-    lines += _line("Perplexity under the reference", _cell(before), _cell(after), "")
-    lines += _line("Win rate, a tie is one half", "", _cell(evaluation["win_rate"]), "")
+    lines = _comparison(evaluation, "reference")
     judge = evaluation.get("judge")
     if judge:
         name = f"Score of the judge {_text(judge['name'])}"
         lines += _line(name, _cell(judge["reference"]), _cell(judge["policy"]), _cell(judge["gain"]))
         lines += _line("Win rate by the judge", "", _cell(judge["win_rate"]), "")
+    lines += _line("Empty responses", "", f"{evaluation['empty_responses']:.1%}", "")
+    lines += _line("Most frequent response", "", f"{evaluation['same_responses']:.1%}", "")
+    tables = _table("reference", lines)
     champion = evaluation.get("champion")
     if champion:
-        name = f"Score, against {_text(champion['repo_id'])} as published"
-        lines += _line(name, _cell(champion["score"]), "", _cell(champion["gain"]))
-        lines += _line("Win rate against that", "", _cell(champion["win_rate"]), "")
-    lines += _line("KL, nats per response (k1)", "", _cell(evaluation["kl"]), "")
-    lines += _line("KL, nats per response (k3)", "", _cell(evaluation["kl3"]), "")
-    lines += _line("Empty responses", "", f"{evaluation['empty_responses']:.1%}", "")
-    head = "<tr><th></th><th>reference</th><th>policy</th><th>gain</th></tr>"
-    table = f"<div class='wide'><table class='figures'>{head}{lines}</table></div>"
-    return f"<details><summary>All figures</summary>{table}</details>"
+        name, revision = _text(champion["repo_id"]), _text(champion["revision"])
+        tables += f"<h3>Against {name} as published <small><code>{revision}</code></small></h3>"
+        tables += _table("published", _comparison(champion, "champion"))
+    return f"<details><summary>All figures</summary>{tables}</details>"
+
+
+def _comparison(found: dict[str, Any], other: str) -> str:
+    """The lines of all figures against the model ``other``, as far as they are known."""
+    lines = ""
+    for name, key in FIGURES:
+        of = found["metrics"].get(key)
+        if of:
+            lines += _line(name, _cell(of[other]), _cell(of["policy"]), _cell(of["gain"]))
+    surprise = found["metrics"].get("nll")
+    if surprise:
+        before, after = ({end: perplexity(nll) for end, nll in surprise[who].items()} for who in (other, "policy"))
+        lines += _line("Perplexity under the reference", _cell(before), _cell(after), "")
+    lines += _line("Win rate, a tie is one half", "", _cell(found["win_rate"]), "")
+    if "kl" in found:
+        lines += _line("KL, nats per response (k1)", "", _cell(found["kl"]), "")
+        lines += _line("KL, nats per response (k3)", "", _cell(found["kl3"]), "")
+    return lines
+
+
+def _table(other: str, lines: str) -> str:
+    head = f"<tr><th></th><th>{other}</th><th>policy</th><th>gain</th></tr>"
+    return f"<div class='wide'><table class='figures'>{head}{lines}</table></div>"
 
 
 def _cell(of: Mapping[str, float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +41,8 @@ def interval(values: Array, resamples: int = RESAMPLES, seed: int = 0) -> dict[s
     """
     if not numpy.isfinite(values).all():
         return dict.fromkeys(("mean", "low", "high"), float("nan"))
+    if (values == values[0]).all():
+        return dict.fromkeys(("mean", "low", "high"), float(values[0]))
     generator = numpy.random.default_rng(seed)
     # In parts, so that many prompts don't make one huge table.
     parts = max(1, len(values) * resamples // 5_000_000)
@@ -124,42 +126,62 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def against(policy: Samples, champion: Samples, samples: int) -> dict[str, Any]:
-    """The champion's score, and the policy's gain over it and share of wins, paired by prompt."""
-    after, before = per_prompt(policy.scores, samples), per_prompt(champion.scores, samples)
-    won = per_prompt(wins(policy.scores, champion.scores), samples)
-    return {"score": interval(before), "gain": interval(after - before), "win_rate": interval(won)}
+def most_frequent(texts: Sequence[str]) -> float:
+    """Share of ``texts`` that are the most frequent of them."""
+    return max(Counter(text.strip() for text in texts).values()) / len(texts)
+
+
+def paired(policy: Sequence[float], other: Sequence[float], samples: int, name: str) -> dict[str, dict[str, float]]:
+    """The intervals of the policy's values, of those of ``name``, and of the gains, paired by prompt."""
+    after, before = per_prompt(policy, samples), per_prompt(other, samples)
+    return {"policy": interval(after), name: interval(before), "gain": interval(after - before)}
+
+
+def win_rate(policy: Sequence[float], other: Sequence[float], samples: int) -> dict[str, float]:
+    """The interval of the share of responses that score higher than the other's to the same prompt."""
+    return interval(per_prompt(wins(policy, other), samples))
+
+
+def against(policy: Samples, other: Samples, samples: int, name: str) -> dict[str, Any]:
+    """Every figure of the policy and of the model ``name`` with its interval, where both are known."""
+    metrics = {}
+    for metric, of_policy, of_other in (
+        ("score", policy.scores, other.scores),
+        ("response_length", policy.lengths, other.lengths),
+        ("ended", policy.ended, other.ended),
+        ("truncated", [not ended for ended in policy.ended], [not ended for ended in other.ended]),
+        ("repetition", [repetition(text) for text in policy.responses], [repetition(text) for text in other.responses]),
+        ("nll", policy.nlls, other.nlls),
+    ):
+        if of_policy and of_other:
+            metrics[metric] = paired(of_policy, of_other, samples, name)
+    for n in (1, 2):
+        kept, without = distinct(policy.responses, n, samples)
+        had, had_without = distinct(other.responses, n, samples)
+        metrics[f"distinct{n}"] = {
+            "policy": jackknife_interval(kept, without),
+            name: jackknife_interval(had, had_without),
+            "gain": jackknife_interval(kept - had, without - had_without),
+        }
+    return {"metrics": metrics, "win_rate": win_rate(policy.scores, other.scores, samples)}
 
 
 def compare(policy: Samples, reference: Samples, k1: list[float], k3: list[float], samples: int) -> dict[str, Any]:
-    """Every figure of policy and reference with its interval; gains are paired by prompt."""
-    metrics = {}
-    for name, of_policy, of_reference in (
-        ("score", policy.scores, reference.scores),
-        ("response_length", policy.lengths, reference.lengths),
-        ("ended", policy.ended, reference.ended),
-        ("repetition", [repetition(text) for text in policy.responses], [repetition(r) for r in reference.responses]),
-        ("nll", policy.nlls, reference.nlls),
-    ):
-        after, before = per_prompt(of_policy, samples), per_prompt(of_reference, samples)
-        metrics[name] = {"policy": interval(after), "reference": interval(before), "gain": interval(after - before)}
-    for n in (1, 2):
-        kept, without = distinct(policy.responses, n, samples)
-        had, had_without = distinct(reference.responses, n, samples)
-        metrics[f"distinct{n}"] = {
-            "policy": jackknife_interval(kept, without),
-            "reference": jackknife_interval(had, had_without),
-            "gain": jackknife_interval(kept - had, without - had_without),
-        }
-    after2, before2 = (metrics["distinct2"][who]["mean"] for who in ("policy", "reference"))
+    """What the gate decides on: every figure of policy and reference, and the signs of collapse."""
+    found = against(policy, reference, samples, "reference")
+    after2, before2 = (found["metrics"]["distinct2"][who]["mean"] for who in ("policy", "reference"))
     return {
         "prompts": len(policy.scores) // samples,
         "samples_per_prompt": samples,
-        "metrics": metrics,
-        "win_rate": interval(per_prompt(wins(policy.scores, reference.scores), samples)),
-        "kl": interval(per_prompt(k1, samples)),
-        "kl3": interval(per_prompt(k3, samples)),
+        **found,
+        **divergence(k1, k3, samples),
         # A reference without word pairs has no diversity that could be lost.
         "distinct2_ratio": after2 / before2 if before2 else 1.0,
         "empty_responses": sum(not response.strip() for response in policy.responses) / len(policy.responses),
+        "same_responses": most_frequent(policy.responses),
     }
+
+
+def divergence(k1: list[float], k3: list[float], samples: int) -> dict[str, dict[str, float]]:
+    """The intervals of the two estimates of the KL divergence."""
+    return {"kl": interval(per_prompt(k1, samples)), "kl3": interval(per_prompt(k3, samples))}
