@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on one machine, on a real model (make demo SEED=1 for another seed)
 # make test   style, types, generated files and tests
 # make test-matrix   the training tests with transformers 4.55
+# make bench  an iteration of PPO beside TRL's classic trainer, in an environment of its own: 20 minutes, nothing else running
 # make test-images   builds the CPU image with podman or docker and runs the pipeline in containers
 #                    (BASE_IMAGE=… where no registry can be reached, see images/make_base.sh; BUILD_ARGS=… for the build)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -14,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Two installations into one environment at the same time break it.
 .NOTPARALLEL:
-.PHONY: demo test test-matrix test-images lint generate clean
+.PHONY: demo test test-matrix test-images bench lint generate clean
 
 demo: $(VENV)/.demo
 	$(RUN)/python examples/movie_sentiment/make_inputs.py
@@ -36,6 +37,10 @@ generate: $(VENV)/.dev
 test-matrix: $(VENV)-4.55/.ready
 	OMP_NUM_THREADS=1 $(VENV)-4.55/bin/python -m pytest -q -n 2 --dist loadfile $(TORCH_TESTS)
 	$(VENV)-4.55/bin/python -m pytest -q -m index tests/test_packaging.py
+
+# Both sides with the threads' own defaults: nothing else should run.
+bench: $(VENV)/.demo $(VENV)-trl/.ready
+	env -u OMP_WAIT_POLICY -u GOMP_SPINCOUNT $(RUN)/python benchmarks/ppo_iteration/run.py $(VENV)-trl/bin/python $(ARGS)
 
 ENGINE ?= $(notdir $(shell command -v podman || command -v docker))
 BASE_IMAGE ?= python:3.11-slim-bookworm
@@ -82,5 +87,11 @@ $(VENV)-checkov/.ready: constraints-checkov.txt
 	$(VENV)-checkov/bin/pip install -q -c constraints-checkov.txt checkov
 	touch $@
 
+# The last release with the classic trainer, and what it was made for.
+$(VENV)-trl/.ready:
+	$(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/pip install -q trl==0.11.4 torch==2.13.0 transformers==4.45.2 "accelerate<1.1" "datasets<3.2" "numpy>=2" rich
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-4.55 $(VENV)-checkov build dist runs *.egg-info components/*.egg-info examples/movie_sentiment/inputs
+	rm -rf $(VENV) $(VENV)-4.55 $(VENV)-trl $(VENV)-checkov build dist runs *.egg-info components/*.egg-info examples/movie_sentiment/inputs

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
-from workloads import INIT_KL_COEF, LEARNING_RATE, SEED, arguments, serve
+from workloads import CHECKED_RATE, INIT_KL_COEF, LEARNING_RATE, SEED, arguments, serve
 
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling
@@ -91,8 +91,12 @@ CHECKED: Rollout
 
 
 def check(_: dict[str, Any]) -> dict[str, Any]:
-    """One step on these responses: its statistics, and the gradient of its first minibatch as a file."""
+    """One step on these responses: its statistics, and the gradient of its first minibatch as a file.
+
+    With plain gradient descent: Adam makes a step of full length of a gradient that is nothing but rounding.
+    """
     in_order(0)
+    TRAINER.optimization.optimizer = torch.optim.SGD(TRAINER.policy.parameters(), CHECKED_RATE)
     TRAINER.begin_update(CHECKED, WORKLOAD.scores())
     apply, kept = TRAINER.optimization._apply_gradients, []
 

@@ -28,7 +28,7 @@ from workloads import WORKLOADS, Workload
 HERE = Path(__file__).parent
 PHASES = ("rollout", "scoring", "update", "total")
 # Ours has no such thing, or defines it otherwise; see docs/differences.md.
-NOT_COMPARED = ("time/", "env/", "tokens/", "ppo/val/var_explained", "ppo/policy/policykl")
+NOT_COMPARED = ("time/", "env/", "tokens/", "ppo/val/var_explained", "ppo/policy/policykl", "ppo/learning_rate")
 
 
 class Worker:
@@ -213,7 +213,7 @@ def main() -> None:
         help="CPU seconds of the processes, where a machine is busy; with --threads 1",
     )
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["W1", "W2", "W3"])
-    parser.add_argument("--models", type=Path, default=Path("runs/bench-models"), help="where the models are made")
+    parser.add_argument("--models", type=Path, default=Path("build/bench-models"), help="where the models are made")
     given = parser.parse_args()
     given.models.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(given.threads)

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer  # noqa: E402
-from workloads import INIT_KL_COEF, LEARNING_RATE, SEED, arguments, serve  # noqa: E402
+from workloads import CHECKED_RATE, INIT_KL_COEF, LEARNING_RATE, SEED, arguments, serve  # noqa: E402
 
 WORKLOAD, MODEL, EXCHANGE = arguments()
 
@@ -76,8 +76,9 @@ def iterate(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(_: dict[str, Any]) -> dict[str, Any]:
-    """One step on the responses that lie there: its statistics, and the gradient of its first minibatch as a file."""
+    """One step on the responses that lie there: its statistics, and its first gradient as a file; with SGD, as ours."""
     in_order(0)
+    TRAINER.optimizer.optimizer = torch.optim.SGD(TRAINER.model.parameters(), CHECKED_RATE)
     responses = [row for _, row in sorted(load_file(EXCHANGE / "responses.safetensors").items())]
     step, kept = TRAINER.optimizer.step, []
 

@@ -15,7 +15,7 @@ from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings
 from rlhf_ppo.policy_evaluation.champion import load_champion
 from rlhf_ppo.policy_evaluation.statistics import Samples, kl_estimates
-from rlhf_ppo.ppo import Prompt, Sampling
+from rlhf_ppo.ppo import Prompt, Sampling, cpu
 from rlhf_ppo.ppo.generation import Generated, draw, sample
 from rlhf_ppo.ppo.models import load_model
 from rlhf_ppo.ppo.rewards import Reward, score, totals
@@ -97,10 +97,13 @@ def _ask(
     """Responses of the model of a round, and its log-probabilities of those of ``others`` to the same prompts."""
     gc.collect()  # the model of the round before
     model, temperature = load().to(device), settings.rollout.rollout_temperature
+    if device.type == "cpu":
+        cpu.keep_memory()
+        cpu.fuse(model, alone=True)
     sampling = Sampling.for_model(model, settings.rollout.rollout_max_new_tokens, temperature)
     generator = torch.Generator().manual_seed(settings.evaluation.eval_seed)
     uniform = draw(len(prompts), sampling.max_new_tokens, generator)
-    queries = [prompt.input_ids.to(device) for prompt in prompts]
+    queries = [prompt.input_ids for prompt in prompts]
     progress = _progress(number, rounds, len(prompts))
     generated = sample(model, queries, sampling, uniform, settings.rollout.rollout_batch_size, progress)
     logprobs = {
