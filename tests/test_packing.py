@@ -52,7 +52,9 @@ PACKED: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: made("Mixtral", **SIZES, num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 PLAIN: dict[str, Callable[[], Any]] = {
-    "gemma2, capped attention": lambda: made("Gemma2", **SIZES, head_dim=8, sliding_window=8),
+    "gemma2, capped attention": lambda: made(
+        "Gemma2", **SIZES, head_dim=8, sliding_window=8, attn_implementation="eager"
+    ),
     "bloom, distances in place of positions": lambda: made(
         "Bloom", vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **ENDS
     ),
