@@ -225,20 +225,59 @@ def test_a_wait_has_an_end_and_leaves_the_run_alone(kfp: Kfp) -> None:
     assert done.returncode == 1 and "has not ended within 0.2 s; it goes on" in done.stderr and len(kfp.runs) == 1
 
 
-@pytest.mark.parametrize("way", ["token", "service account"])
+@pytest.mark.parametrize("way", ["token", "cookie", "service account"])
 def test_credentials_come_from_the_environment(kfp: Kfp, way: str, tmp_path: Path) -> None:
-    kfp.token = "secret-7"
+    if way == "cookie":
+        kfp.cookie = "secret-7"
+    else:
+        kfp.token = "secret-7"
     refused = cli(kfp, *NEEDED)
     assert refused.returncode == 1 and "give the token by KF_PIPELINES_TOKEN" in refused.stderr
     (tmp_path / "token").write_text("secret-7")
-    given = (
-        {"KF_PIPELINES_TOKEN": "secret-7"}
-        if way == "token"
-        else {"KF_PIPELINES_SA_TOKEN_PATH": str(tmp_path / "token")}
-    )
+    given = {
+        "token": {"KF_PIPELINES_TOKEN": "secret-7"},
+        "cookie": {"KF_PIPELINES_COOKIE": "secret-7"},
+        "service account": {"KF_PIPELINES_SA_TOKEN_PATH": str(tmp_path / "token")},
+    }[way]
     done = cli(kfp, *NEEDED, **given)
     assert done.returncode == 0, done.stderr
     assert "secret-7" not in done.stdout + done.stderr + refused.stderr
+
+
+@pytest.mark.parametrize("context", ["", "other"])
+def test_a_kubeconfig_leads_to_kfp_through_kubernetes_own_proxy(kfp: Kfp, context: str, tmp_path: Path) -> None:
+    kfp.token = "of-the-kubeconfig"
+    kfp.prefix = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"
+    nowhere = {"cluster": {"server": "http://127.0.0.1:9"}}
+    here = {"cluster": {"server": kfp.url}}
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "users": [{"name": "me", "user": {"token": "of-the-kubeconfig"}}],
+        "clusters": [{"name": "here", **here}, {"name": "nowhere", **nowhere}],
+        "contexts": [
+            {"name": "first", "context": {"cluster": "nowhere" if context else "here", "user": "me"}},
+            {"name": "other", "context": {"cluster": "here", "user": "me"}},
+        ],
+        "current-context": "first",
+    }
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    environment = {**os.environ, "KUBECONFIG": str(tmp_path / "kubeconfig"), "HOME": str(tmp_path)}
+    environment.pop("KUBERNETES_SERVICE_HOST", None)
+    chosen = ["--kube-context", context] if context else []
+    command = [sys.executable, "-m", "rlhf_pipelines.cli", "submit", "--namespace", "team", *chosen, *NEEDED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = kfp.runs.values()
+    assert run["run_id"] in done.stdout and kfp.experiments[run["experiment_id"]]["namespace"] == "team"
+
+
+def test_in_a_cluster_kfp_s_own_service_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    server = connect()
+    assert server.client.runs.run_service_get_run.__self__.api_client.configuration.host == (
+        "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
+    )
 
 
 def test_a_server_that_is_away_or_not_named_is_said_so(kfp: Kfp, monkeypatch: pytest.MonkeyPatch) -> None:
