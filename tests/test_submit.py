@@ -272,12 +272,20 @@ def test_a_kubeconfig_leads_to_kfp_through_kubernetes_own_proxy(kfp: Kfp, contex
     assert run["run_id"] in done.stdout and kfp.experiments[run["experiment_id"]]["namespace"] == "team"
 
 
+@pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="KUBECONFIG names no cluster")
+def test_a_real_api_server_lets_the_kubeconfig_in_and_looks_for_kfp_s_service() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "KUBERNETES_SERVICE_HOST"}
+    command = [sys.executable, "-m", "rlhf_pipelines.cli", "submit", *NEEDED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'look for the experiment rlhf-ppo: services "ml-pipeline" not found (404)' in done.stderr
+
+
 def test_in_a_cluster_kfp_s_own_service_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     server = connect()
-    assert server.client.runs.run_service_get_run.__self__.api_client.configuration.host == (
-        "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
-    )
+    host = server.client.runs.run_service_get_run.__self__.api_client.configuration.host
+    assert host == "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 
 
 def test_a_server_that_is_away_or_not_named_is_said_so(kfp: Kfp, monkeypatch: pytest.MonkeyPatch) -> None:
