@@ -196,10 +196,23 @@ def test_waiting_tells_each_step_and_ends_as_the_run_does(kfp: Kfp) -> None:
 def test_a_failed_run_is_told_in_the_failing_step_s_own_words(kfp: Kfp, pod: str) -> None:
     # KFP's API has no reason (kubeflow/pipelines#14007); the step's log does, whichever way Argo names its pod.
     kfp.logs[pod] = f"I0101 launcher starts\n{FAILED}\nTraceback (most recent call last):\nexit status 1\n"
-    kfp.script = [states("FAILED", task("validate-config", "SUCCEEDED"), task("train-ppo", "FAILED", "ppo-x7-42"))]
+    failed = [task(name, "FAILED", "ppo-x7-42") for name in ("train-ppo", "the group that it stands in")]
+    kfp.script = [states("FAILED", task("validate-config", "SUCCEEDED"), *failed)]
     done = cli(kfp, *NEEDED, "--wait")
     assert done.returncode == 1
     assert done.stderr == "train_ppo: batch_size=0: give 1\nthe run has failed\n"
+
+
+@pytest.mark.parametrize("name", ["detect-changes", "Detect changes"])
+def test_a_run_that_ended_early_is_told_to_whoever_waits_for_a_model(kfp: Kfp, name: str) -> None:
+    event = json.dumps({"kind": "unchanged", "time": 1.0, "since": "run-7 of 2026-01-01 02:00 UTC"})
+    kfp.logs["ppo-x7-8"] = f'I0101 launcher starts\n{event}\n{{"kind": "step_finished", "step": "detect_changes"}}\n'
+    kfp.script = [states("SUCCEEDED", task("validate-config", "SUCCEEDED"), task(name, "SUCCEEDED", "ppo-x7-8"))]
+    done = cli(kfp, *NEEDED, "--wait")
+    said = "nothing was trained: nothing new since the run run-7 of 2026-01-01 02:00 UTC\nthe run has succeeded\n"
+    assert done.returncode == 0 and done.stdout.endswith(said) and done.stderr == ""
+    kfp.logs["ppo-x7-8"] = event.replace('"unchanged"', '"note", "message": "unchanged"')
+    assert "nothing was trained" not in cli(kfp, *NEEDED, "--wait").stdout
 
 
 def test_where_there_is_no_log_kfp_s_own_words_are_told_or_that_there_are_none(kfp: Kfp) -> None:
