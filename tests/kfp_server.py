@@ -48,10 +48,13 @@ class Refused(Exception):
 class Kfp:
     """The server, and what it has; ``script`` are the states that a run goes through, one for each look at it.
 
-    After ``dead_after`` requests it answers none; ``watch`` is called after each that it did.
+    With ``token`` or ``cookie`` it lets in who has it; with ``prefix`` it is reached as by Kubernetes' proxy. After
+    ``dead_after`` requests it answers none; ``watch`` is called after each that it did.
     """
 
     token: str = ""
+    cookie: str = ""
+    prefix: str = ""
     multi_user: bool = False
     experiments: dict[str, Object] = field(default_factory=dict)
     runs: dict[str, Object] = field(default_factory=dict)
@@ -104,7 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         address = urlsplit(self.path)
-        path = unquote(address.path)
+        whole = unquote(address.path)
+        path = "/" + whole.removeprefix(self.kfp.prefix).lstrip("/")  # The proxy joins what it is given by one slash.
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         self.kfp.asked.append(f"{self.command} {path}")
         if self.kfp.dead_after is not None and len(self.kfp.asked) > self.kfp.dead_after:
@@ -119,6 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if self.kfp.token and self.headers.get("Authorization") != f"Bearer {self.kfp.token}":
                 raise Refused(401, "Request header error: there is no user identity header.")
+            if self.kfp.cookie and self.headers.get("Cookie") != self.kfp.cookie:
+                raise Refused(401, "Request header error: there is no user identity header.")
+            if not whole.startswith(self.kfp.prefix):
+                raise Refused(404, f"the server could not find the requested resource: {path}")
             found = self._route(path, query, body) if fault is None or fault.takes_effect else None
             if self.kfp.watch:
                 self.kfp.watch()

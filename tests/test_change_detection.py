@@ -15,8 +15,10 @@ import pytest
 
 from mlflow_server import MLflowServer
 from rlhf_ppo.change_detection import detect
+from rlhf_ppo.config_validation import validate
 from rlhf_ppo.parameters import PARAMETERS, RunSettings, decode, encode
 from rlhf_ppo.run_conclusion.conclude import conclude_run
+from test_config_validation import Hub, hub  # noqa: F401
 from test_local_run import NEEDED, environment, here  # noqa: F401
 from test_pipeline import something_else
 
@@ -39,6 +41,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     monkeypatch.setenv("RLHF_PPO_EVENTS", str(tmp_path / "events"))
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_reward", raising=False)
     (tmp_path / "my_reward.py").write_text(REWARD)
     return tmp_path
 
@@ -133,6 +136,34 @@ def test_a_run_does_not_count_that(pipeline: Pipeline, how: str) -> None:
 def test_a_repeated_attempt_is_not_ended_by_its_own_mark(pipeline: Pipeline) -> None:
     assert pipeline.detects("first") and pipeline.detects("first")
     assert pipeline.run("first").info.status == "RUNNING"
+
+
+@pytest.mark.parametrize("moved", ["models", "datasets"])
+def test_a_new_commit_of_model_or_prompts_on_the_hub_is_something_to_learn_from(
+    pipeline: Pipeline,
+    hub: type[Hub],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    moved: str,
+) -> None:
+    """Two scheduled runs with the same parameters, which name no revision: the commits of the moment decide."""
+    given = {"model_name": "me/thing", "query_dataset": "me/thing", "reward_model": "my_reward:score"}
+    where = {"mlflow_tracking_uri": pipeline.server.url, "tracker_project_name": pipeline.experiment}
+
+    def run(run_id: str) -> bool:
+        config = validate.validate_config({**given, **where, "mlflow_skip_unchanged": True})
+        keys = validate.cache_keys(config)
+        changed = detect.detect_changes(config, run_id, keys.model_digest, keys.data_digest)
+        pipeline.concludes(run_id)
+        return changed
+
+    assert [run("first"), run("second")] == [True, False]
+    answer = hub.answer
+
+    def with_a_new_commit(self: Hub, code: int, body: dict[str, str], error: str = "") -> None:
+        answer(self, code, {**body, "sha": "f" * 40} if f"/api/{moved}/" in self.path else body, error)
+
+    monkeypatch.setattr(hub, "answer", with_a_new_commit)
+    assert [run("third"), run("fourth")] == [True, False]
 
 
 # 2. With KFP's MLflow plugin, which has a run for the pipeline and one for each task, at any depth

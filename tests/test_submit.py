@@ -196,10 +196,23 @@ def test_waiting_tells_each_step_and_ends_as_the_run_does(kfp: Kfp) -> None:
 def test_a_failed_run_is_told_in_the_failing_step_s_own_words(kfp: Kfp, pod: str) -> None:
     # KFP's API has no reason (kubeflow/pipelines#14007); the step's log does, whichever way Argo names its pod.
     kfp.logs[pod] = f"I0101 launcher starts\n{FAILED}\nTraceback (most recent call last):\nexit status 1\n"
-    kfp.script = [states("FAILED", task("validate-config", "SUCCEEDED"), task("train-ppo", "FAILED", "ppo-x7-42"))]
+    failed = [task(name, "FAILED", "ppo-x7-42") for name in ("train-ppo", "the group that it stands in")]
+    kfp.script = [states("FAILED", task("validate-config", "SUCCEEDED"), *failed)]
     done = cli(kfp, *NEEDED, "--wait")
     assert done.returncode == 1
     assert done.stderr == "train_ppo: batch_size=0: give 1\nthe run has failed\n"
+
+
+@pytest.mark.parametrize("name", ["detect-changes", "Detect changes"])
+def test_a_run_that_ended_early_is_told_to_whoever_waits_for_a_model(kfp: Kfp, name: str) -> None:
+    event = json.dumps({"kind": "unchanged", "time": 1.0, "since": "run-7 of 2026-01-01 02:00 UTC"})
+    kfp.logs["ppo-x7-8"] = f'I0101 launcher starts\n{event}\n{{"kind": "step_finished", "step": "detect_changes"}}\n'
+    kfp.script = [states("SUCCEEDED", task("validate-config", "SUCCEEDED"), task(name, "SUCCEEDED", "ppo-x7-8"))]
+    done = cli(kfp, *NEEDED, "--wait")
+    said = "nothing was trained: nothing new since the run run-7 of 2026-01-01 02:00 UTC\nthe run has succeeded\n"
+    assert done.returncode == 0 and done.stdout.endswith(said) and done.stderr == ""
+    kfp.logs["ppo-x7-8"] = event.replace('"unchanged"', '"note", "message": "unchanged"')
+    assert "nothing was trained" not in cli(kfp, *NEEDED, "--wait").stdout
 
 
 def test_where_there_is_no_log_kfp_s_own_words_are_told_or_that_there_are_none(kfp: Kfp) -> None:
@@ -225,20 +238,67 @@ def test_a_wait_has_an_end_and_leaves_the_run_alone(kfp: Kfp) -> None:
     assert done.returncode == 1 and "has not ended within 0.2 s; it goes on" in done.stderr and len(kfp.runs) == 1
 
 
-@pytest.mark.parametrize("way", ["token", "service account"])
+@pytest.mark.parametrize("way", ["token", "cookie", "service account"])
 def test_credentials_come_from_the_environment(kfp: Kfp, way: str, tmp_path: Path) -> None:
-    kfp.token = "secret-7"
+    if way == "cookie":
+        kfp.cookie = "secret-7"
+    else:
+        kfp.token = "secret-7"
     refused = cli(kfp, *NEEDED)
     assert refused.returncode == 1 and "give the token by KF_PIPELINES_TOKEN" in refused.stderr
     (tmp_path / "token").write_text("secret-7")
-    given = (
-        {"KF_PIPELINES_TOKEN": "secret-7"}
-        if way == "token"
-        else {"KF_PIPELINES_SA_TOKEN_PATH": str(tmp_path / "token")}
-    )
+    given = {
+        "token": {"KF_PIPELINES_TOKEN": "secret-7"},
+        "cookie": {"KF_PIPELINES_COOKIE": "secret-7"},
+        "service account": {"KF_PIPELINES_SA_TOKEN_PATH": str(tmp_path / "token")},
+    }[way]
     done = cli(kfp, *NEEDED, **given)
     assert done.returncode == 0, done.stderr
     assert "secret-7" not in done.stdout + done.stderr + refused.stderr
+
+
+@pytest.mark.parametrize("context", ["", "other"])
+def test_a_kubeconfig_leads_to_kfp_through_kubernetes_own_proxy(kfp: Kfp, context: str, tmp_path: Path) -> None:
+    kfp.token = "of-the-kubeconfig"
+    kfp.prefix = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"
+    nowhere = {"cluster": {"server": "http://127.0.0.1:9"}}
+    here = {"cluster": {"server": kfp.url}}
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "users": [{"name": "me", "user": {"token": "of-the-kubeconfig"}}],
+        "clusters": [{"name": "here", **here}, {"name": "nowhere", **nowhere}],
+        "contexts": [
+            {"name": "first", "context": {"cluster": "nowhere" if context else "here", "user": "me"}},
+            {"name": "other", "context": {"cluster": "here", "user": "me"}},
+        ],
+        "current-context": "first",
+    }
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    environment = {**os.environ, "KUBECONFIG": str(tmp_path / "kubeconfig"), "HOME": str(tmp_path)}
+    environment.pop("KUBERNETES_SERVICE_HOST", None)
+    chosen = ["--kube-context", context] if context else []
+    command = [sys.executable, "-m", "rlhf_pipelines.cli", "submit", "--namespace", "team", *chosen, *NEEDED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = kfp.runs.values()
+    assert run["run_id"] in done.stdout and kfp.experiments[run["experiment_id"]]["namespace"] == "team"
+
+
+@pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="KUBECONFIG names no cluster")
+def test_a_real_api_server_lets_the_kubeconfig_in_and_looks_for_kfp_s_service() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "KUBERNETES_SERVICE_HOST"}
+    command = [sys.executable, "-m", "rlhf_pipelines.cli", "submit", *NEEDED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'look for the experiment rlhf-ppo: services "ml-pipeline" not found (404)' in done.stderr
+
+
+def test_in_a_cluster_kfp_s_own_service_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    server = connect()
+    host = server.client.runs.run_service_get_run.__self__.api_client.configuration.host
+    assert host == "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 
 
 def test_a_server_that_is_away_or_not_named_is_said_so(kfp: Kfp, monkeypatch: pytest.MonkeyPatch) -> None:

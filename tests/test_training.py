@@ -110,7 +110,8 @@ def test_the_tracker_has_every_step_and_the_config(inputs: Path) -> None:
 
     from rlhf_ppo.tracking import resend
 
-    run(inputs)
+    commits = {"model_revision": "a" * 40, "data_revision": "b" * 40}  # As validate_config found them.
+    run(inputs, **commits)
     assert resend(inputs / "spool") == []
     client = MlflowClient(f"sqlite:///{inputs}/mlflow.db")
     experiment = client.get_experiment_by_name("trl")
@@ -118,6 +119,7 @@ def test_the_tracker_has_every_step_and_the_config(inputs: Path) -> None:
     assert len(client.get_metric_history(step.info.run_id, "objective/kl")) == 3
     assert step.data.params["batch_size"] == "8" and step.data.params["world_size"] == "1"
     assert step.data.params["rollout_max_new_tokens"] == "8"
+    assert commits.items() <= step.data.params.items()
     manifest = json.loads((inputs / "prompts" / "manifest.json").read_text())
     assert step.inputs.dataset_inputs[0].dataset.digest == manifest["digest"][:36]
     assert step.data.tags["prompts.train"] == str(manifest["train"])

@@ -98,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlhf-ppo", description="Fine-tune a language model with PPO.")
     parser.add_argument("--version", action="version", version=f"rlhf-ppo {__version__}")
     kinds = parser.add_subparsers(required=True, metavar="run | submit | schedule | fields | compile | rollback")
+    for add in (_add_run, _add_submit, _add_schedule, _add_fields, _add_compile, _add_rollback):
+        add(kinds)
+    return parser
+
+
+def _add_run(kinds: Any) -> None:
     run = kinds.add_parser(
         "run",
         help="run the whole pipeline on this machine",
@@ -108,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--run-dir", metavar="DIR", help="new directory for the run; default: runs/DATE-TIME")
     run.add_argument("--quiet", action="store_true", help="no progress: only the summary, or what went wrong")
     run.set_defaults(command=_run)
+
+
+def _add_submit(kinds: Any) -> None:
     start = kinds.add_parser(
         "submit",
         help="start a run on a cluster",
@@ -131,12 +140,17 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--wait", action="store_true", help="follow the run; exit with 1 where it does not succeed")
     start.add_argument("--timeout", metavar="SECONDS", type=float, default=0.0, help="end --wait after so long")
     start.set_defaults(command=commands.submit)
-    _add_schedule(kinds)
+
+
+def _add_fields(kinds: Any) -> None:
     fields = kinds.add_parser("fields", help="explain every parameter")
     form = fields.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="as Markdown tables")
     form.add_argument("--json", action="store_true", help="as a JSON list, one object for each parameter")
     fields.set_defaults(command=_fields)
+
+
+def _add_compile(kinds: Any) -> None:
     compiled = kinds.add_parser("compile", help="write the compiled pipeline for a cluster")
     compiled.add_argument("-o", "--output", metavar="FILE", help="YAML file to write; default: standard output")
     compiled.add_argument(
@@ -161,6 +175,9 @@ def _parser() -> argparse.ArgumentParser:
         help="write nothing; exit with 1 if FILE is not what would be written, or holds a version that was edited",
     )
     compiled.set_defaults(command=commands.compile)
+
+
+def _add_rollback(kinds: Any) -> None:
     back = kinds.add_parser(
         "rollback",
         help="publish again what was published before",
@@ -176,7 +193,6 @@ def _parser() -> argparse.ArgumentParser:
         "--mlflow-tracking-uri", metavar="URI", default="", help="MLflow server or store; default: MLFLOW_TRACKING_URI"
     )
     back.set_defaults(command=commands.rollback)
-    return parser
 
 
 def _add_schedule(kinds: Any) -> None:

@@ -65,10 +65,10 @@ def submit(given: argparse.Namespace) -> int:
     except (KubeflowError, TimeoutError) as error:
         print(f"rlhf-ppo: {error}", file=sys.stderr)
         return 1
-    for reason in outcome.reasons:
-        print(reason, file=sys.stderr)
-    print(f"the run has {outcome.state.lower()}", file=sys.stderr if outcome.reasons else sys.stdout)
-    return 0 if outcome.state == "SUCCEEDED" else 1
+    succeeded = outcome.state == "SUCCEEDED"
+    for line in (*outcome.reasons, f"the run has {outcome.state.lower()}"):
+        print(line, file=sys.stdout if succeeded else sys.stderr)
+    return 0 if succeeded else 1
 
 
 def _now() -> str:

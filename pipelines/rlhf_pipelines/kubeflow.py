@@ -20,6 +20,8 @@ TOKEN_VARIABLE, COOKIE_VARIABLE = "KF_PIPELINES_TOKEN", "KF_PIPELINES_COOKIE"
 SERVICE_ACCOUNT_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
 """Environment variable that names the file with a pod's token for KFP; it is read anew, because it expires."""
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
+PROXY = "/api/v1/namespaces/kubeflow/services/ml-pipeline:http/proxy"
+"""Where Kubernetes' API server hands requests on to KFP's."""
 TRANSIENT = {408, 429, 500, 502, 503, 504}
 TRIES = 6
 ANSWER = (10, 60)
@@ -106,7 +108,7 @@ class Server:
         from kfp_server_api.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
-        api_client = self.client.runs.run_service_get_run.__self__.api_client
+        api_client = _api_client(self.client)
         asked = {"auth_settings": ["Bearer"], "_preload_content": False, "_return_http_data_only": True}
         try:
             answer = api_client.call_api(path, "GET", _request_timeout=ANSWER, **asked)
@@ -159,20 +161,47 @@ def connect(host: str = "", namespace: str = "", kube_context: str = "", ca_cert
     try:
         with _quiet():
             client = Client(
-                host=host or None,
+                host=host or "http://kubeconfig.invalid",
                 # Any other namespace than KFP's own keeps the client from asking the server now, and from writing what
-                # it answers into the home directory. It stands in the address only where there is no host.
-                namespace=namespace or "-" if host else "kubeflow",
+                # it answers into the home directory. It stands in no address.
+                namespace=namespace or "-",
                 existing_token=token or None,
                 cookies=cookie or None,
                 credentials=credentials,
-                kube_context=kube_context or None,
                 ssl_ca_cert=ca_cert or None,
                 ui_host=host or None,
             )
-    except Exception as error:  # of the client, of kubernetes' client or of the connection
+            if not host:
+                _through_kubernetes(_api_client(client), kube_context)
+    except Exception as error:  # of the client, or of kubernetes' client
         raise KubeflowError(f"reach KFP through the kubeconfig: {_reason(error)}") from None
     return Server(client, namespace, f"{host.rstrip('/')}/#" if host else "")
+
+
+def _through_kubernetes(api_client: Any, context: str) -> None:
+    """Let the client ask through Kubernetes' API server, as the kubeconfig says.
+
+    KFP's own way there loses the path whenever it looks at a token (kubeflow/pipelines#8313).
+    """
+    from kfp_server_api.rest import RESTClientObject
+    from kubernetes.config import load_kube_config
+
+    configuration = api_client.configuration
+    load_kube_config(client_configuration=configuration, context=context or None)
+    address, refresh = configuration.host + PROXY, configuration.refresh_api_key_hook
+
+    def refresh_the_token_alone(given: Any) -> None:
+        if refresh:
+            refresh(given)  # It sets the address and itself, too.
+        given.host, given.refresh_api_key_hook = address, refresh_the_token_alone
+
+    refresh_the_token_alone(configuration)
+    api_client.rest_client = RESTClientObject(configuration)  # With the kubeconfig's certificates.
+
+
+def _api_client(client: Any) -> Any:
+    """What all of KFP's generated clients ask with."""
+    return client.runs.run_service_get_run.__self__.api_client
 
 
 def called(name: str, key: str = "display_name") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ LOG = "/apis/v1alpha1/runs/{run_id}/nodes/{node_id}/log"
 """Where KFP's API server gives the log of a step's pod; its Python client doesn't know it."""
 TEMPLATES = ("", "system-container-impl-", "system-container-driver-")
 """What may stand before the hash in the name of a pod: nothing in Argo's older form, else the template."""
+DETECTION = ("detect-changes", "Detect changes")
+"""What KFP calls the step detect_changes: by its name, or by its label."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def submit(server: Server, wanted: Submission) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended; ``reasons`` says why, step by step, where it did not succeed."""
+    """How a run ended; ``reasons`` says why, step by step, where it did not succeed or ended early."""
 
     state: str
     reasons: list[str]
@@ -152,7 +154,7 @@ def follow(server: Server, run_id: str, show: Callable[[str, str], None], timeou
                 told[name] = state
                 show(name, state)
         if run.state in ENDED:
-            return Outcome(run.state, [] if run.state == "SUCCEEDED" else list(_reasons(server, run)))
+            return Outcome(run.state, list((_early if run.state == "SUCCEEDED" else _reasons)(server, run)))
         if deadline is not None and time.monotonic() > deadline:
             raise TimeoutError(f"the run has not ended within {timeout:g} s; it goes on")
         time.sleep(POLL_SECONDS)
@@ -171,21 +173,30 @@ def _states(run: Any) -> dict[str, str]:
     }
 
 
+def _early(server: Server, run: Any) -> Iterator[str]:
+    """That detect_changes ended the run, from its log, where it did."""
+    for log in _logs(server, run, [task for task in _tasks(run) if task.display_name in DETECTION]):
+        event = event_in(log, "unchanged")
+        if event:
+            yield f"nothing was trained: nothing new since the run {event['since']}"
+
+
 def _reasons(server: Server, run: Any) -> Iterator[str]:
     """Why the run failed: the words of the steps that failed, from their logs; else what KFP knows."""
     failed = [task for task in _tasks(run) if task.state == "FAILED"]
-    said: list[str] = []
-    for task in failed:
-        for node in _nodes(task):
-            words = failure_in(server.text(LOG.format(run_id=run.run_id, node_id=node)))
-            if words and words not in said:
-                said.append(words)
+    said = list(dict.fromkeys(filter(None, map(failure_in, _logs(server, run, failed)))))
     if not said:
         said = [f"{task.display_name}: {task.error.message}" for task in failed if task.error and task.error.message]
     if not said and run.error and run.error.message:
         said = [run.error.message]
     names = ", ".join(dict.fromkeys(task.display_name for task in failed))
     yield from said or [f"{names or 'the run'} failed, and neither a log nor KFP says why: look at its pods"]
+
+
+def _logs(server: Server, run: Any, tasks: Sequence[Any]) -> Iterator[str]:
+    for task in tasks:
+        for node in _nodes(task):
+            yield server.text(LOG.format(run_id=run.run_id, node_id=node))
 
 
 def _nodes(task: Any) -> list[str]:
@@ -200,12 +211,19 @@ def _nodes(task: Any) -> list[str]:
 
 def failure_in(log: str) -> str:
     """What a step of ours said last of its failure, or an empty text."""
+    event = event_in(log, "step_failed")
+    return f"{event['step']}: {event['message']}" if event else ""
+
+
+def event_in(log: str, kind: str) -> dict[str, Any]:
+    """The last event of this kind that a step of ours told, or an empty one."""
     for line in reversed(log.splitlines()):
-        if '"step_failed"' not in line:
+        if f'"{kind}"' not in line:
             continue
         try:
             event = json.loads(line[line.index("{") :])
-            return f"{event['step']}: {event['message']}"
+            if event["kind"] == kind:
+                return dict(event)
         except (ValueError, KeyError, TypeError):
             continue
-    return ""
+    return {}
