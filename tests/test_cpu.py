@@ -45,7 +45,7 @@ def assert_same(model: nn.Module, passes: int = 2) -> dict[str, Tensor]:
     assert torch.allclose(of_fused, logprobs, atol=1e-5)
     assert set(by_name) == set(gradients)
     for name, gradient in gradients.items():
-        assert (by_name[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+        assert (by_name[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
     return by_name
 
 
