@@ -17,20 +17,22 @@ from torch import Tensor, nn
 
 LEAST_WEIGHTS = 1 << 16
 """Weights of a layer from which oneDNN is worth the call."""
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
+KEPT = 32 << 20
+"""Bytes of the largest tensor whose memory is kept: the most that glibc takes."""
 
 
 def keep_memory() -> None:
     """Let this process keep the memory that tensors give back, on Linux with glibc.
 
-    By default every large tensor is taken from the kernel and given back to it, and the kernel clears each page anew: a
-    tenth of an update's time.
+    By default many tensors are taken from the kernel and given back to it, and the kernel clears each page anew: a
+    tenth of an update's time. Those larger than ``KEPT`` still are, so that no holes of their size are left.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version"):
-            libc.mallopt(_MMAP_MAX, 0)
+            libc.mallopt(_MMAP_THRESHOLD, KEPT)
             libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
