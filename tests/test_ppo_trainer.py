@@ -243,6 +243,8 @@ def test_an_update_that_was_given_up_leaves_nothing_to_the_next() -> None:
 
 
 def gradients(trained: PPOTrainer) -> dict[str, Tensor]:
+    if trained.optimization.learned is not None:
+        trained.optimization.learned.materialize()
     return {name: value.grad.clone() for name, value in trained.policy.named_parameters() if value.grad is not None}
 
 

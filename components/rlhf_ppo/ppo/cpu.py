@@ -87,6 +87,13 @@ def _product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return found
 
 
+def product_of(states: Tensor, weight: Tensor) -> Tensor:
+    """``states`` (n, k) times the transpose of ``weight`` (m, k), by oneDNN where that is there and worth the call."""
+    if weight.numel() < LEAST_WEIGHTS or not torch.backends.mkldnn.is_available():
+        return states @ weight.t()
+    return _product(states, weight)
+
+
 class _Linear(torch.autograd.Function):
     """A linear layer; its gradient to the weights is MKL's, which is the faster one there."""
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf_ppo.ppo.cpu import prepacked
+from rlhf_ppo.ppo.llama import Decoder, Llama, written_out
 from rlhf_ppo.ppo.models import (
     ValueHead,
     accepts,
@@ -92,11 +93,15 @@ def sample(
     """
     done = Generated()
     size = min(batch_size, len(queries))
-    with evaluating(model), prepacked(model, size) if sampling.max_new_tokens >= PREPACKED_FROM else nullcontext():
+    written = written_out(model) if padding is None else None
+    packed = written is None and sampling.max_new_tokens >= PREPACKED_FROM
+    with evaluating(model), prepacked(model, size) if packed else nullcontext():
         for start in range(0, len(queries), batch_size):
             chunk = slice(start, start + batch_size)
             part, here = list(queries[chunk]), uniform[chunk]
-            if padding is None:
+            if written is not None:
+                found = _WrittenDecoding(model, part, sampling, here, value_head, written=written).run(mark_step)
+            elif padding is None:
                 found = _Decoding(model, part, sampling, here, value_head).run(mark_step)
             else:
                 # The first row fills the last batch up, and counts once.
@@ -235,6 +240,23 @@ class _Decoding:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.input_ids = tokens[:, None]
         return True
+
+
+class _WrittenDecoding(_Decoding):
+    """One batch of a model that is written out."""
+
+    def __init__(self, *given: Any, written: Llama) -> None:
+        self.written = written
+        super().__init__(*given)
+
+    def _read(self, queries: list[Tensor], padding: Padding | None, device: torch.device) -> None:
+        self.cache = Decoder(self.written, queries, self.sampling.max_new_tokens)
+        self.positions = self.cache.seen
+
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        hidden = self.cache.start() if self.first else self.cache.next(self.input_ids[:, 0])
+        self.first = False
+        return self.written.logits(hidden), hidden.t()
 
 
 class _FixedDecoding(_Decoding):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -11,17 +12,22 @@ from torch import Tensor, nn
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.devices import Device
 from rlhf_ppo.ppo.experience import Experience, Update
+from rlhf_ppo.ppo.gradients import Gradients, takes
+from rlhf_ppo.ppo.llama import Llama, written_out
 from rlhf_ppo.ppo.losses import ppo_loss
 from rlhf_ppo.ppo.models import PolicyWithValueHead, device_of, evaluating
+from rlhf_ppo.ppo.passes import Pass
 from rlhf_ppo.ppo.sequences import Padding, Sequences
 from rlhf_ppo.ppo.setup import step_unless
 from rlhf_ppo.ppo.sharding import everywhere
-from rlhf_ppo.ppo.tensors import Reduce, pad_rows
+from rlhf_ppo.ppo.tensors import Reduce, length_mask, pad_rows
 
 LEARNED_FROM = ("mask", "logprobs", "values", "advantages", "returns")
 """What a minibatch needs of the experience."""
 
 SKIPPED = "ppo/policy/skipped_minibatches"
+
+Learn = Callable[[Tensor, Tensor], None]
 
 
 class Minibatches:
@@ -80,6 +86,10 @@ class Optimization:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.padding = padding
         self.minibatches: Minibatches | None = None
+        self.written: Llama | None = None
+        if accelerator.num_processes == 1 and padding is None and policy.critic is None and policy.packs:
+            self.written = written_out(policy.pretrained_model)
+        self.learned: Gradients | None = None
 
     def advance(self, update: Update) -> bool:
         """One optimizer step; false where ppo_epochs passes are done, or early_stopping ended them."""
@@ -93,7 +103,8 @@ class Optimization:
                     return False
             update.order, update.position = self._permutation(config.batch_size * world), 0
         rows = update.order[update.position : update.position + config.global_backward_batch_size]
-        with evaluating(self.model):
+        # What is written out has no dropout.
+        with nullcontext() if self._written else evaluating(self.model):
             used = self._accumulate(update, rows)
         update.norms.append(self._apply_gradients(used))
         update.position += len(rows)
@@ -129,11 +140,9 @@ class Optimization:
         """Add up the gradients of a minibatch, zeros where it is skipped; returns whether it counted, a 0-d tensor."""
         config = self.config
         sequences, lengths, tables = minibatches.of(rows)
-        # A model that accelerate prepared does this by itself.
-        with self.accelerator.autocast() if self.sharded else nullcontext():
-            outputs = self.model(sequences, update.temperature)
+        outputs, learn = self._forward(sequences, update.temperature)
         logprobs, values, entropy = (_as_rows(flat, lengths, len(rows)) for flat in outputs)
-        of_policy, of_values = logprobs.detach().requires_grad_(), values.detach().requires_grad_()
+        of_policy, of_values = logprobs.requires_grad_(), values.requires_grad_()
         loss = ppo_loss(
             logprobs=of_policy,
             values=of_values,
@@ -152,18 +161,52 @@ class Optimization:
         # Each process has its part of the sum, and the processes' gradients are averaged.
         scaled = loss.total * (self.accelerator.num_processes / config.gradient_accumulation_steps)
         gradients = torch.autograd.grad(scaled, (of_policy, of_values))
-        # An infinite ratio has infinite gradients: they are replaced, not multiplied by zero.
-        torch.autograd.backward((logprobs, values), [torch.where(loss.skip, 0, gradient) for gradient in gradients])
+        if self._written is None or not bool(loss.skip):
+            # An infinite ratio has infinite gradients: they are replaced, not multiplied by zero.
+            chosen = [torch.where(loss.skip, 0, gradient) for gradient in gradients]
+            kept = None if lengths is None else length_mask(lengths, self.device)
+            learn(*(gradient.flatten() if kept is None else gradient[kept] for gradient in chosen))
         self.on.mark_step()
         update.names = [*loss.stats, SKIPPED]
         update.seen.append(torch.stack([*loss.stats.values(), loss.skip.float()]))
         return (~loss.skip).float()
+
+    @property
+    def _written(self) -> Llama | None:
+        """The policy's layers, written out; None where autograd is needed."""
+        hooked = any(parameter._backward_hooks for parameter in self.policy.parameters())
+        return None if hooked or torch.is_autocast_enabled("cpu") else self.written
+
+    def _forward(self, sequences: Sequences, temperature: float) -> tuple[list[Tensor], Learn]:
+        """Log-probabilities, values and entropies (n,), and what takes the gradients of the first two."""
+        written = self._written
+        if written is not None:
+            one = Pass(written, self.policy.v_head, sequences, temperature)
+            return [one.logprobs, one.values, one.entropy], lambda *gradients: self._learn(one.learn(*gradients))
+        # A model that accelerate prepared does this by itself.
+        with self.accelerator.autocast() if self.sharded else nullcontext():
+            outputs = self.model(sequences, temperature)
+        return [output.detach() for output in outputs], lambda *gradients: torch.autograd.backward(
+            outputs[:2], gradients
+        )
+
+    def _learn(self, gradients: Gradients) -> None:
+        """Keep ``gradients`` for the optimizer, as products where it takes them so and nothing else needs them."""
+        if self.config.gradient_accumulation_steps > 1 or self.config.max_grad_norm or not takes(self.optimizer):
+            gradients.materialize()
+        else:
+            self.learned = gradients
 
     def _apply_gradients(self, used: Tensor) -> Tensor:
         """One optimizer step, clipped on every step; returns the gradient's norm, and 1 where any minibatch counted.
 
         It is not taken where none did, or the gradient isn't finite.
         """
+        learned, self.learned = self.learned, None
+        if learned is not None and bool(torch.isfinite(learned.bound())):
+            return torch.stack([learned.step(self.optimizer), used])
+        if learned is not None:
+            learned.materialize()
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         whole_norm = everywhere(norm)

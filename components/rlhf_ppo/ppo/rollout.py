@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ppo.ppo.advantages import full_kl
+from rlhf_ppo.ppo.llama import written_out
 from rlhf_ppo.ppo.models import PolicyWithValueHead, decoder_start, device_of, evaluating, response_logits
 from rlhf_ppo.ppo.packing import packs
 from rlhf_ppo.ppo.sequences import Padding, Sequences
@@ -125,9 +126,14 @@ def response_logprobs(
     With ``padding``, ``scorer`` is the model's ``Scorer`` as a device wants it called.
     """
     found = _Rows(responses, padding)
+    written = written_out(model) if padding is None and packs(model) else None
     with evaluating(model):
         for rows, sequences in _batches(queries, responses, padding, model, packs(model)):
-            if scorer is not None:
+            if written is not None:
+                assert sequences.layout is not None
+                hidden, _ = written.read(sequences.input_ids[0], sequences.layout, sequences.index)
+                logprobs = token_logprobs(written.logits(hidden).div_(temperature), sequences.tokens)
+            elif scorer is not None:
                 logprobs = scorer(
                     sequences.input_ids,
                     sequences.index,

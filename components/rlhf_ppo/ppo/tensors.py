@@ -58,21 +58,32 @@ def whiten(values: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
     return torch.where(mask, scaled if center else scaled + mean, 0)
 
 
+def softmax_of(shifted: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of ``tokens`` (n,), entropies in nats (n,) and probabilities (n, vocabulary).
+
+    ``shifted`` are logits (n, vocabulary) less their largest; it is written to.
+    """
+    probs = shifted.exp()
+    sums = probs.sum(-1, keepdim=True)
+    logsumexp = sums.log().squeeze(-1)
+    logprobs = shifted.gather(-1, tokens[:, None]).squeeze(-1) - logsumexp
+    probs.div_(sums)
+    # entropy = logsumexp - E[logits]; entries of -inf have probability 0 and count nothing
+    shifted.clamp_(min=torch.finfo(shifted.dtype).min)
+    return logprobs, logsumexp - torch.einsum("nv,nv->n", probs, shifted), probs
+
+
+def logits_gradient(gradient: Tensor, probs: Tensor, tokens: Tensor) -> Tensor:
+    """That of the logits (n, vocabulary) from that of the log-probabilities (n,); ``probs`` is written to."""
+    return probs.mul_(-gradient[:, None]).scatter_add_(-1, tokens[:, None], gradient[:, None])
+
+
 class _LogprobAndEntropy(torch.autograd.Function):
     """One buffer of the size of the logits, from which value, entropy and gradient all come."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        highest = logits.amax(-1, keepdim=True)
-        shifted = logits - highest
-        probs = shifted.exp()
-        sums = probs.sum(-1, keepdim=True)
-        logsumexp = sums.log().squeeze(-1)
-        logprobs = shifted.gather(-1, tokens[:, None]).squeeze(-1) - logsumexp
-        probs.div_(sums)
-        # entropy = logsumexp - E[logits]; entries of -inf have probability 0 and count nothing
-        shifted.clamp_(min=torch.finfo(logits.dtype).min)
-        entropy = logsumexp - torch.einsum("nv,nv->n", probs, shifted)
+        logprobs, entropy, probs = softmax_of(logits - logits.amax(-1, keepdim=True), tokens)
         ctx.save_for_backward(probs, tokens)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -80,9 +91,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         probs, tokens = ctx.saved_tensors
-        grad_logits = probs.mul_(-gradient[:, None])
-        grad_logits.scatter_add_(-1, tokens[:, None], gradient[:, None])
-        return grad_logits, None
+        return logits_gradient(gradient, probs, tokens), None
 
 
 def logprob_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,144 @@
+"""Gradients of weights as what they are the product of, until an optimizer takes them: one weight at a time.
+
+The whole gradient of a weight then never leaves the processor's cache, and that of all weights is never in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.ppo.lanes import share
+
+MOST = 1 << 22
+"""Numbers of a weight that is learned at once; of a larger one (embeddings) as many rows as have fewer."""
+
+
+class Gradients:
+    """What a backward pass gives: products, rows of embeddings, and small gradients as they are."""
+
+    def __init__(self) -> None:
+        self.products: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self.rows: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self.others: dict[Tensor, Tensor] = {}
+        self.bounds: list[Tensor] = []
+
+    def add_products(self, inputs: Tensor, outputs: list[tuple[Tensor, Tensor]]) -> None:
+        """Each weight (n, k) has its of_output (n, tokens) times ``inputs`` (k, tokens), transposed."""
+        size = torch.linalg.vector_norm(inputs)
+        for weight, of_output in outputs:
+            if weight.requires_grad:
+                self.products[weight] = (of_output, inputs)
+                self.bounds.append(size * torch.linalg.vector_norm(of_output))
+
+    def add_rows(self, weight: Tensor, ids: Tensor, columns: Tensor) -> None:
+        """The rows ``ids`` (tokens,) of ``weight`` (n, k) have ``columns`` (k, tokens)."""
+        if weight.requires_grad:
+            self.rows[weight] = (ids, columns.t())
+            self.bounds.append(torch.linalg.vector_norm(columns))
+
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """``parameter`` has ``gradient``."""
+        if parameter.requires_grad:
+            self.others[parameter] = gradient
+            self.bounds.append(torch.linalg.vector_norm(gradient))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What has a gradient."""
+        return list(dict.fromkeys([*self.products, *self.rows, *self.others]))
+
+    def bound(self) -> Tensor:
+        """A number that the norm of all gradients does not exceed, 0-d: a product's is at most its factors' product."""
+        return torch.stack(self.bounds).sum()
+
+    def materialize(self) -> None:
+        """Add the gradients to the parameters' ``grad``."""
+
+        def add(parameter: Tensor) -> None:
+            for part in _parts(parameter):
+                gradient = self._of(parameter, part)
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad[part] += gradient
+
+        with torch.no_grad():
+            share(self.parameters, add)
+
+    def _of(self, parameter: Tensor, part: slice) -> Tensor:
+        """The gradient of the rows ``part`` of ``parameter``."""
+        if parameter in self.products:
+            of_output, inputs = self.products[parameter]
+            found = of_output[part] @ inputs.t()
+        else:
+            found = torch.zeros_like(parameter[part])
+        if parameter in self.rows:
+            ids, rows = self.rows[parameter]
+            here = (ids >= part.start) & (ids < part.stop)
+            found.index_add_(0, ids[here] - part.start, rows[here])
+        return found.add_(self.others[parameter][part]) if parameter in self.others else found
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Adam) -> Tensor:
+        """One step of ``optimizer``, of which ``takes`` is true; returns the norm of all gradients, 0-d."""
+        jobs = [(parameter, part) for parameter in self.parameters for part in _parts(parameter)]
+        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        for parameter in self.parameters:
+            _begin(optimizer.state[parameter], parameter)
+        torch._foreach_add_([optimizer.state[parameter]["step"] for parameter in self.parameters], 1)
+        norms = torch.zeros(len(jobs))
+
+        def learn(job: tuple[int, tuple[Tensor, slice]]) -> None:
+            number, (parameter, part) = job
+            gradient = self._of(parameter, part)
+            norms[number] = torch.linalg.vector_norm(gradient)
+            _adam(groups[parameter], optimizer.state[parameter], parameter, part, gradient)
+
+        # The largest last would leave the other lane alone.
+        share(sorted(enumerate(jobs), key=lambda job: -job[1][0].numel()), learn)
+        # What a scheduler of torch's looks for.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        return torch.linalg.vector_norm(norms)
+
+
+def takes(optimizer: Any) -> bool:
+    """Whether ``optimizer`` is torch's fused Adam and nothing more, nor watched: what can step one weight at a time."""
+    step = vars(optimizer).get("step")
+    watched = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    # A scheduler of torch's replaces ``step`` by one that counts.
+    if (
+        type(optimizer) is not torch.optim.Adam
+        or watched
+        or not (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+    ):
+        return False
+    return all(
+        group["fused"] and not (group["amsgrad"] or group["maximize"] or group["weight_decay"])
+        and not isinstance(group["lr"], Tensor)
+        for group in optimizer.param_groups
+    )  # fmt: skip
+
+
+def _parts(parameter: Tensor) -> Iterator[slice]:
+    """The rows of ``parameter`` in parts."""
+    rows = len(parameter)
+    at_once = max(MOST * rows // parameter.numel(), 1)
+    for start in range(0, rows, at_once):
+        yield slice(start, min(start + at_once, rows))
+
+
+def _begin(state: dict[str, Any], parameter: Tensor) -> None:
+    if not state:
+        state["step"] = torch.zeros(())
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+
+def _adam(group: dict[str, Any], state: dict[str, Any], parameter: Tensor, part: slice, gradient: Tensor) -> None:
+    beta1, beta2 = group["betas"]
+    torch._fused_adam_(
+        [parameter[part]], [gradient], [state["exp_avg"][part]], [state["exp_avg_sq"][part]], [], [state["step"]],
+        lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip

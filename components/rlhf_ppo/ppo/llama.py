@@ -1,0 +1,342 @@
+"""Models of Llama's type on a CPU: their forward pass and its gradient, written out.
+
+States are (hidden, tokens), the other way round than in torch's layers: a weight times the states is a third faster
+than the states times a weight, for the weight is read as it lies (docs/performance.md). Each pass is a short list of
+large operations. The gradient of a weight is left as the two matrices that it is the product of (``Gradients``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from rlhf_ppo.ppo.cpu import product_of
+from rlhf_ppo.ppo.gradients import Gradients
+from rlhf_ppo.ppo.packing import AGREEMENT, Layout
+
+KINDS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""Of transformers; what their configurations may change is found out by trying (``written_out``)."""
+ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embeddings that don't depend on how long a text is."""
+
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_silu_gradient = torch.ops.aten.silu_backward
+
+Attention = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Heads (tokens, queries + keys + values, size) to (tokens, queries * size), and the sums of its softmax."""
+
+
+@dataclass
+class Kept:
+    """What one layer's gradient needs of its forward pass: (n, tokens), but for ``heads`` and ``attended``."""
+
+    states: Tensor
+    normed: Tensor
+    heads: Tensor
+    attended: Tensor
+    sums: Tensor
+    middle: Tensor
+    middle_normed: Tensor
+    gate: Tensor
+    up: Tensor
+    product: Tensor
+
+
+@dataclass
+class Tape:
+    """What a forward pass leaves for its gradient, which uses it up; ``first`` is the first layer that learns."""
+
+    ids: Tensor
+    index: Tensor
+    layout: Layout
+    turns: tuple[Tensor, Tensor]
+    first: int
+    layers: list[Kept] = field(default_factory=list)
+    last: Tensor | None = None
+
+
+class _Layer:
+    """The weights of one layer; ``projections`` are (rows among queries, keys and values, weight, bias)."""
+
+    def __init__(self, module: Any) -> None:
+        attention, mlp = module.self_attn, module.mlp
+        self.norm, self.norm_after = module.input_layernorm, module.post_attention_layernorm
+        self.projections: list[tuple[slice, Tensor, Tensor | None]] = []
+        self.width = 0
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            rows = slice(self.width, self.width + len(linear.weight))
+            self.projections.append((rows, linear.weight, linear.bias))
+            self.width = rows.stop
+        self.scale, self.out = attention.scaling, attention.o_proj.weight
+        self.gate, self.up, self.down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        self.parameters = list(module.parameters())
+
+
+class Llama:
+    """A model of Llama's type, whose weights stay where they are. Sequences stand end to end."""
+
+    def __init__(self, model: Any) -> None:
+        inner, config = model.model, model.config
+        self.embeddings, self.rotary, self.norm = inner.embed_tokens.weight, inner.rotary_emb, inner.norm
+        self.head, self.padding = model.lm_head.weight, inner.embed_tokens.padding_idx
+        self.layers = [_Layer(layer) for layer in inner.layers]
+        self.size = inner.layers[0].self_attn.head_dim
+        self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
+
+    # 1. Forward
+
+    def read(self, ids: Tensor, layout: Layout, index: Tensor, keep: bool = False) -> tuple[Tensor, Tape | None]:
+        """Last hidden states (hidden, n) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
+        turns = self.turns(layout.positions)
+        tape = Tape(ids, index, layout, turns, self._first()) if keep else None
+        states = self.embedded(ids)
+        for number, layer in enumerate(self.layers):
+            states, kept = self.through(layer, states, turns, _Packed(self, layer, layout))
+            if tape is not None and number >= tape.first:
+                tape.layers.append(kept)
+            # What is not kept is free before the next layer.
+            del kept
+        chosen = states.index_select(1, index)
+        if tape is not None:
+            tape.last = chosen
+        return _normed(chosen, self.norm), tape
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, vocabulary) of last hidden states (hidden, n)."""
+        return product_of(hidden.t().contiguous(), self.head)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """The first states (hidden, tokens) of ``ids`` (tokens,)."""
+        return self.embeddings[ids].t().contiguous()
+
+    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines (tokens, 1, head size) of the rotations at ``positions`` (1, tokens)."""
+        cosines, sines = self.rotary(self.embeddings[:1], positions)
+        half = self.size // 2
+        signed = torch.cat([-sines[0, :, :half], sines[0, :, half:]], 1)
+        return cosines[0, :, None], signed[:, None]
+
+    def through(
+        self, layer: _Layer, states: Tensor, turns: tuple[Tensor, Tensor], attention: Attention
+    ) -> tuple[Tensor, Kept]:
+        """``states`` (hidden, tokens) after ``layer``."""
+        normed = _normed(states, layer.norm)
+        flat = states.new_empty(layer.width, states.shape[1])
+        for rows, weight, bias in layer.projections:
+            torch.mm(weight, normed, out=flat[rows])
+            if bias is not None:
+                flat[rows] += bias[:, None]
+        heads = flat.t().contiguous().unflatten(1, (-1, self.size))
+        turned = heads[:, : self.queries + self.keys]
+        swapped = turned.roll(self.size // 2, -1)
+        turned.mul_(turns[0]).addcmul_(swapped, turns[1])
+        attended, sums = attention(heads)
+        middle = torch.addmm(states, layer.out, attended.t())
+        middle_normed = _normed(middle, layer.norm_after)
+        gate, up = layer.gate @ middle_normed, layer.up @ middle_normed
+        product = silu(gate).mul_(up)
+        found = torch.addmm(middle, layer.down, product)
+        return found, Kept(states, normed, heads, attended, sums, middle, middle_normed, gate, up, product)
+
+    def _first(self) -> int:
+        """The first layer that learns, or has something below that does."""
+        learns = [any(p.requires_grad for p in layer.parameters) for layer in self.layers]
+        return 0 if self.embeddings.requires_grad or not any(learns) else learns.index(True)
+
+    # 2. Gradient
+
+    def learn(self, tape: Tape, gradient: Tensor, gradients: Gradients) -> None:
+        """Put what the weights have of ``gradient`` (hidden, n), that of the hidden states, into ``gradients``."""
+        assert tape.last is not None
+        chosen = _norm_gradient(tape.last, self.norm, gradient, None, gradients)
+        states = chosen.new_zeros(len(chosen), len(tape.ids)).index_copy_(1, tape.index, chosen)
+        for layer in reversed(self.layers[tape.first :]):
+            states = self._layer_gradient(layer, tape.layers.pop(), tape, states, gradients)
+        if self.padding is not None:
+            # torch's embedding of this id learns nothing.
+            states[:, tape.ids == self.padding] = 0
+        gradients.add_rows(self.embeddings, tape.ids, states)
+
+    def _layer_gradient(self, layer: _Layer, kept: Kept, tape: Tape, gradient: Tensor, gradients: Gradients) -> Tensor:
+        # 1. The feed-forward half
+        gradients.add_products(kept.product, [(layer.down, gradient)])
+        of_product = layer.down.t() @ gradient
+        of_up = silu(kept.gate).mul_(of_product)
+        of_gate = _silu_gradient(of_product.mul_(kept.up), kept.gate)
+        gradients.add_products(kept.middle_normed, [(layer.up, of_up), (layer.gate, of_gate)])
+        of_normed = (layer.gate.t() @ of_gate).addmm_(layer.up.t(), of_up)
+        of_middle = _norm_gradient(kept.middle, layer.norm_after, of_normed, gradient, gradients)
+        # 2. The attention's
+        gradients.add_products(kept.attended.t(), [(layer.out, of_middle)])
+        of_attended = (layer.out.t() @ of_middle).t().contiguous()
+        heads = _Packed(self, layer, tape.layout).gradient(kept, of_attended)
+        turned = heads[:, : self.queries + self.keys]
+        swapped = turned.roll(self.size // 2, -1)
+        turned.mul_(tape.turns[0]).addcmul_(swapped, tape.turns[1], value=-1)
+        flat = heads.flatten(1).t().contiguous()
+        gradients.add_products(kept.normed, [(weight, flat[rows]) for rows, weight, _ in layer.projections])
+        of_normed = torch.zeros_like(gradient)
+        for rows, weight, bias in layer.projections:
+            of_normed.addmm_(weight.t(), flat[rows])
+            if bias is not None:
+                gradients.add(bias, flat[rows].sum(1))
+        return _norm_gradient(kept.states, layer.norm, of_normed, of_middle, gradients)
+
+
+class _Packed:
+    """Causal attention of each packed sequence to itself. Sequences are padded for this alone."""
+
+    def __init__(self, model: Llama, layer: _Layer, layout: Layout) -> None:
+        self.layout, self.scale = layout, layer.scale
+        self.split = (model.queries, model.keys, model.keys)
+
+    def __call__(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """An ``Attention``."""
+        found, sums = _attend(*self._apart(heads), 0.0, True, scale=self.scale)
+        rows = found.transpose(1, 2).flatten(0, 1).flatten(1)
+        return (rows.index_select(0, self.layout.kept) if self.layout.ragged else rows), sums
+
+    def _apart(self, heads: Tensor) -> tuple[Tensor, ...]:
+        rows = heads.index_select(0, self.layout.padded) if self.layout.ragged else heads
+        whole = rows.unflatten(0, (len(self.layout.lengths), -1)).transpose(1, 2)
+        return whole.split(self.split, 1)
+
+    def gradient(self, kept: Kept, gradient: Tensor) -> Tensor:
+        """That of the heads from that of ``attended``. No token attends to padding, whose own gradient is zero."""
+        layout, of_attended, attended = self.layout, gradient, kept.attended
+        if layout.ragged:
+            of_attended = gradient.new_zeros(len(layout.padded), gradient.shape[1])
+            of_attended.index_copy_(0, layout.kept, gradient)
+            attended = attended.index_select(0, layout.padded)
+        shape = (len(layout.lengths), -1, self.split[0], kept.heads.shape[-1])
+        of_attended, attended = (rows.view(shape).transpose(1, 2) for rows in (of_attended, attended))
+        found = _attend_gradient(
+            of_attended, *self._apart(kept.heads), attended, kept.sums, 0.0, True, scale=self.scale
+        )
+        heads = torch.cat([part.transpose(1, 2) for part in found], 2).flatten(0, 1)
+        return heads.index_select(0, layout.kept) if layout.ragged else heads
+
+
+class Decoder:
+    """Rows on their way, token by token: keys and values of what they have read, with room for what will come.
+
+    Shorter queries stand to the right: the newest token of every row has the same column.
+    """
+
+    def __init__(self, model: Llama, queries: list[Tensor], room: int) -> None:
+        self.model = model
+        lengths = torch.tensor([len(query) for query in queries])
+        self.column = int(lengths.max())
+        self.layout = Layout.of(lengths.tolist())
+        self.seen, self.ids = lengths, torch.cat(queries)
+        missing = self.column - lengths
+        self.mask = torch.arange(self.column + room) >= missing[:, None] if bool(missing.any()) else None
+        rows = torch.arange(len(queries)).repeat_interleave(lengths)
+        self.places = rows * (self.column + room) + missing[rows] + self.layout.positions[0]
+        shape = (len(queries), self.column + room, 2 * model.keys, model.size)
+        self.memory = [model.head.new_zeros(shape) for _ in model.layers]
+
+    def start(self) -> Tensor:
+        """Last hidden states (hidden, rows) at the ends of the queries."""
+        model, turns = self.model, self.model.turns(self.layout.positions)
+        states = model.embedded(self.ids)
+        for layer, memory in zip(model.layers, self.memory, strict=True):
+            packed = _Packed(model, layer, self.layout)
+
+            def attend(heads: Tensor, packed: _Packed = packed, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
+                memory.flatten(0, 1).index_copy_(0, self.places, heads[:, model.queries :])
+                return packed(heads)
+
+            states, _ = model.through(layer, states, turns, attend)
+        ends = torch.tensor(self.layout.starts) + self.seen - 1
+        return _normed(states.index_select(1, ends), model.norm)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """Last hidden states (hidden, rows) after ``tokens`` (rows,)."""
+        model, turns = self.model, self.model.turns(self.seen[None])
+        states, here = model.embedded(tokens), self.column
+        self.seen, self.column = self.seen + 1, self.column + 1
+        mask = None if self.mask is None else self.mask[:, None, None, : self.column]
+        for layer, memory in zip(model.layers, self.memory, strict=True):
+
+            def attend(heads: Tensor, layer: _Layer = layer, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
+                memory[:, here] = heads[:, model.queries :]
+                keys, values = memory[:, : self.column].transpose(1, 2).split(model.keys, 1)
+                found = scaled_dot_product_attention(
+                    heads[:, : model.queries, None], keys, values, mask, scale=layer.scale, enable_gqa=True
+                )
+                return found.flatten(1), found
+
+            states, _ = model.through(layer, states, turns, attend)
+        return _normed(states, model.norm)
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Go on with ``rows`` alone."""
+        self.memory = [memory.index_select(0, rows) for memory in self.memory]
+        self.seen = self.seen[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+
+
+def _scale(states: Tensor, norm: Any) -> Tensor:
+    """(tokens,): one over the root of the mean square."""
+    return torch.linalg.vecdot(states, states, dim=0).div_(len(states)).add_(norm.variance_epsilon).rsqrt_()
+
+
+def _normed(states: Tensor, norm: Any) -> Tensor:
+    return (states * _scale(states, norm)).mul_(norm.weight[:, None])
+
+
+def _norm_gradient(states: Tensor, norm: Any, gradient: Tensor, beside: Tensor | None, gradients: Gradients) -> Tensor:
+    """That of what is normed, plus ``beside``."""
+    scale = _scale(states, norm)
+    scaled = states * scale
+    gradients.add(norm.weight, torch.linalg.vecdot(gradient, scaled, dim=1))
+    of_scaled = gradient * norm.weight[:, None]
+    along = torch.linalg.vecdot(of_scaled, scaled, dim=0)
+    of_scaled.addcmul_(scaled, along, value=-1 / len(states))
+    return of_scaled.mul_(scale) if beside is None else torch.addcmul(beside, of_scaled, scale)
+
+
+_found: WeakKeyDictionary[nn.Module, Llama | None] = WeakKeyDictionary()
+
+
+def written_out(model: nn.Module) -> Llama | None:
+    """``model`` as one of Llama's type, where it computes in fp32 on a CPU; tried once, on a few tokens, else None."""
+    if torch.is_autocast_enabled("cpu"):
+        return None
+    if model not in _found:
+        _found[model] = _tried(model)
+    return _found[model]
+
+
+@torch.no_grad()
+def _tried(model: Any) -> Llama | None:
+    config = getattr(model, "config", None)
+    if type(model).__name__ not in KINDS or any(p.device.type != "cpu" for p in model.parameters()):
+        return None
+    linear = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+    biased = any(
+        name.endswith(("o_proj.bias", "down_proj.bias", "lm_head.bias")) for name, _ in model.named_parameters()
+    )
+    wide = getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
+    if biased or not wide or any(type(module) is not nn.Linear for module in linear) or config.hidden_act != "silu":
+        return None
+    if model.model.rotary_emb.rope_type not in ROTATIONS or any(p.dtype != torch.float32 for p in model.parameters()):
+        return None
+    layout = Layout.of([5, 1, 3])
+    ids = torch.arange(1, 10) % len(model.model.embed_tokens.weight)
+    try:
+        found = Llama(model)
+        alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in ids.split(layout.lengths)]
+        said = found.logits(found.read(ids, layout, torch.arange(len(ids)))[0])
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    plain = torch.cat(alone)
+    return found if bool((said - plain).abs().max() <= AGREEMENT[torch.float32] * plain.std()) else None

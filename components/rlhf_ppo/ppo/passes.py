@@ -1,0 +1,43 @@
+"""A pass of a policy whose layers are written out, and its gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_ppo.ppo.gradients import Gradients
+from rlhf_ppo.ppo.llama import Llama
+from rlhf_ppo.ppo.models import ValueHead
+from rlhf_ppo.ppo.sequences import Sequences
+from rlhf_ppo.ppo.tensors import logits_gradient, softmax_of
+
+
+class Pass:
+    """Log-probabilities, values and entropies (n,) of the response tokens of packed ``sequences``; no autograd."""
+
+    @torch.no_grad()
+    def __init__(self, model: Llama, value_head: ValueHead, sequences: Sequences, temperature: float) -> None:
+        assert sequences.layout is not None
+        self.model, self.value_head, self.sequences, self.temperature = model, value_head, sequences, temperature
+        self.hidden, self.tape = model.read(sequences.input_ids[0], sequences.layout, sequences.index, keep=True)
+        logits = model.logits(self.hidden)
+        if temperature != 1.0:
+            logits.div_(temperature)
+        shifted = logits.sub_(logits.amax(-1, keepdim=True))
+        self.logprobs, self.entropy, self.probs = softmax_of(shifted, sequences.tokens)
+        self.values = value_head(self.hidden.t())
+
+    @torch.no_grad()
+    def learn(self, of_logprobs: Tensor, of_values: Tensor) -> Gradients:
+        """What all weights have of the gradients (n,) of log-probabilities and values; uses this pass up."""
+        assert self.tape is not None
+        gradients, summary = Gradients(), self.value_head.summary
+        of_logits = logits_gradient(of_logprobs, self.probs, self.sequences.tokens).t()
+        if self.temperature != 1.0:
+            of_logits.div_(self.temperature)
+        gradients.add_products(self.hidden, [(self.model.head, of_logits)])
+        gradients.add(summary.weight, (self.hidden @ of_values)[None])
+        gradients.add(summary.bias, of_values.sum()[None])
+        of_hidden = (self.model.head.t() @ of_logits).addr_(summary.weight[0], of_values)
+        self.model.learn(self.tape, of_hidden, gradients)
+        return gradients
