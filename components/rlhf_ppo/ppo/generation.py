@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -31,6 +32,9 @@ ASKED_EVERY = 8
 
 PREPACKED_FROM = 8
 """The tokens from which it pays, on a CPU, to lay the weights out for sampling."""
+
+BLOCK = 512
+"""Places of a distribution that are summed one by one, in the block that the token is in."""
 
 
 @dataclass(frozen=True)
@@ -334,10 +338,24 @@ def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor
         tokens = logits.argmax(-1, keepdim=True)
     else:
         probs = torch.exp(_restricted(logits, sampling) - logsumexp)
-        cumulative = probs.cumsum(-1, dtype=uniform.dtype)
-        threshold = uniform[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
+        tokens = _where_cumulative(probs, uniform)
     return tokens.squeeze(1), (logits.gather(-1, tokens) - logsumexp).squeeze(1)
+
+
+def _where_cumulative(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The first place (batch, 1) up to which the sum of ``probs`` (batch, n) exceeds its share ``uniform`` (batch,).
+
+    Block by block, for a sum of all places in fp64 costs more than all else here.
+    """
+    rows, places = probs.shape
+    blocks = pad(probs, (0, -places % BLOCK)).view(rows, -1, BLOCK)
+    ends = blocks.sum(-1, dtype=uniform.dtype).cumsum(-1)
+    threshold = uniform[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, threshold, right=True).clamp(max=ends.shape[1] - 1)
+    before = pad(ends, (1, 0)).gather(1, block)
+    within = before + blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=uniform.dtype)
+    place = torch.searchsorted(within, threshold, right=True).clamp(max=BLOCK - 1)
+    return (block * BLOCK + place).clamp(max=places - 1)
 
 
 def _restricted(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -82,7 +82,7 @@ class Gradients:
         return found.add_(self.others[parameter][part]) if parameter in self.others else found
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Adam) -> Tensor:
+    def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """One step of ``optimizer``, of which ``takes`` is true; returns the norm of all gradients, 0-d."""
         jobs = [(parameter, part) for parameter in self.parameters for part in _parts(parameter)]
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}

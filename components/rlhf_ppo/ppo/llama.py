@@ -108,9 +108,10 @@ class Llama:
             tape.last = chosen
         return _normed(chosen, self.norm), tape
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Logits (n, vocabulary) of last hidden states (hidden, n)."""
-        return product_of(hidden.t().contiguous(), self.head)
+        found = product_of(hidden.t().contiguous(), self.head)
+        return found if temperature == 1.0 else found.div_(temperature)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The first states (hidden, tokens) of ``ids`` (tokens,)."""
@@ -318,7 +319,7 @@ def written_out(model: nn.Module) -> Llama | None:
 
 @torch.no_grad()
 def _tried(model: Any) -> Llama | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if type(model).__name__ not in KINDS or any(p.device.type != "cpu" for p in model.parameters()):
         return None
     linear = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]

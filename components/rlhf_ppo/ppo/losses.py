@@ -86,7 +86,7 @@ def ppo_loss(
 
 def _means(quantities: dict[str, Tensor], mask: Tensor, count: Tensor, reduce: Reduce | None) -> dict[str, Tensor]:
     """Sums over the masked tokens of all processes, divided by ``count`` (at least 1), in one exchange."""
-    sums = torch.stack([masked_sum(quantity.float(), mask) for quantity in quantities.values()])
+    sums = torch.where(mask, torch.stack([quantity.float() for quantity in quantities.values()]), 0).sum((1, 2))
     if reduce is not None:
         sums = reduce(sums)
     return dict(zip(quantities, (sums / count.clamp(min=1)).unbind(), strict=True))

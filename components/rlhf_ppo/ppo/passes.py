@@ -20,11 +20,8 @@ class Pass:
         assert sequences.layout is not None
         self.model, self.value_head, self.sequences, self.temperature = model, value_head, sequences, temperature
         self.hidden, self.tape = model.read(sequences.input_ids[0], sequences.layout, sequences.index, keep=True)
-        logits = model.logits(self.hidden)
-        if temperature != 1.0:
-            logits.div_(temperature)
-        shifted = logits.sub_(logits.amax(-1, keepdim=True))
-        self.logprobs, self.entropy, self.probs = softmax_of(shifted, sequences.tokens)
+        # Logits have no name here: they are free as soon as they are read.
+        self.logprobs, self.entropy, self.probs = softmax_of(model.logits(self.hidden, temperature), sequences.tokens)
         self.values = value_head(self.hidden.t())
 
     @torch.no_grad()

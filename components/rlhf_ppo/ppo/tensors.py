@@ -58,19 +58,13 @@ def whiten(values: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
     return torch.where(mask, scaled if center else scaled + mean, 0)
 
 
-def softmax_of(shifted: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of ``tokens`` (n,), entropies in nats (n,) and probabilities (n, vocabulary).
-
-    ``shifted`` are logits (n, vocabulary) less their largest; it is written to.
-    """
-    probs = shifted.exp()
-    sums = probs.sum(-1, keepdim=True)
-    logsumexp = sums.log().squeeze(-1)
-    logprobs = shifted.gather(-1, tokens[:, None]).squeeze(-1) - logsumexp
-    probs.div_(sums)
-    # entropy = logsumexp - E[logits]; entries of -inf have probability 0 and count nothing
-    shifted.clamp_(min=torch.finfo(shifted.dtype).min)
-    return logprobs, logsumexp - torch.einsum("nv,nv->n", probs, shifted), probs
+def softmax_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of ``tokens`` (n,), entropies in nats (n,) and probabilities, of ``logits`` (n, vocabulary)."""
+    logs = torch.log_softmax(logits, -1)
+    logprobs, probs = logs.gather(-1, tokens[:, None]).squeeze(-1), logs.exp()
+    # Logits of -inf have probability 0 and count nothing.
+    logs.clamp_(min=torch.finfo(logs.dtype).min)
+    return logprobs, -torch.linalg.vecdot(probs, logs), probs
 
 
 def logits_gradient(gradient: Tensor, probs: Tensor, tokens: Tensor) -> Tensor:
@@ -83,7 +77,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, probs = softmax_of(logits - logits.amax(-1, keepdim=True), tokens)
+        logprobs, entropy, probs = softmax_of(logits, tokens)
         ctx.save_for_backward(probs, tokens)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
