@@ -86,18 +86,20 @@ class Gradients:
         """One step of ``optimizer``, of which ``takes`` is true; returns the norm of all gradients, 0-d."""
         jobs = [(parameter, part) for parameter in self.parameters for part in _parts(parameter)]
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-        for parameter in self.parameters:
-            _begin(optimizer.state[parameter], parameter)
-        torch._foreach_add_([optimizer.state[parameter]["step"] for parameter in self.parameters], 1)
+        states = {parameter: optimizer.state[parameter] for parameter in self.parameters if parameter in groups}
+        for parameter, state in states.items():
+            _begin(state, parameter)
+        torch._foreach_add_([state["step"] for state in states.values()], 1)
         norms = torch.zeros(len(jobs))
 
         def learn(job: tuple[int, tuple[Tensor, slice]]) -> None:
             number, (parameter, part) = job
             gradient = self._of(parameter, part)
             norms[number] = torch.linalg.vector_norm(gradient)
-            _adam(groups[parameter], optimizer.state[parameter], parameter, part, gradient)
+            if parameter in groups:
+                _adam(groups[parameter], states[parameter], parameter, part, gradient)
 
-        # The largest last would leave the other lane alone.
+        # The largest last would leave the other threads without work.
         share(sorted(enumerate(jobs), key=lambda job: -job[1][0].numel()), learn)
         # What a scheduler of torch's looks for.
         optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -146,6 +146,11 @@ class Llama:
         found = torch.addmm(middle, layer.down, product)
         return found, Kept(states, normed, heads, attended, sums, middle, middle_normed, gate, up, product)
 
+    def is_still(self, model: Any) -> bool:
+        """Whether ``model`` has the weights, and they the precision, that it had."""
+        same = self.head is model.lm_head.weight and self.embeddings is model.model.embed_tokens.weight
+        return same and self.head.dtype == torch.float32 and self.head.device.type == "cpu"
+
     def _first(self) -> int:
         """The first layer that learns, or has something below that does."""
         learns = [any(p.requires_grad for p in layer.parameters) for layer in self.layers]
@@ -308,11 +313,12 @@ def _norm_gradient(states: Tensor, norm: Any, gradient: Tensor, beside: Tensor |
 _found: WeakKeyDictionary[nn.Module, Llama | None] = WeakKeyDictionary()
 
 
-def written_out(model: nn.Module) -> Llama | None:
-    """``model`` as one of Llama's type, where it computes in fp32 on a CPU; tried once, on a few tokens, else None."""
+def written_out(model: Any) -> Llama | None:
+    """``model`` as one of Llama's type, where it computes in fp32 on a CPU; tried on a few tokens, once, else None."""
     if torch.is_autocast_enabled("cpu"):
         return None
-    if model not in _found:
+    known = _found.get(model)
+    if model not in _found or (known is not None and not known.is_still(model)):
         _found[model] = _tried(model)
     return _found[model]
 

@@ -1,0 +1,344 @@
+"""Models of Llama's type, written out: they say and learn what torch's autograd finds, or are found not to be one."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from rlhf_ppo.config import PPOConfig
+from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling, generation, gradients, lanes, optimization, rollout
+from rlhf_ppo.ppo.generation import draw, sample
+from rlhf_ppo.ppo.gradients import Gradients, takes
+from rlhf_ppo.ppo.llama import Llama, written_out
+from rlhf_ppo.ppo.models import shared_reference
+from rlhf_ppo.ppo.passes import Pass
+from rlhf_ppo.ppo.rollout import response_logprobs
+from rlhf_ppo.ppo.sequences import Sequences
+from tiny_models import ENDS, VOCABULARY, gpt2, llama, queries, qwen2, word_tokenizer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, **ENDS,
+}  # fmt: skip
+
+
+def made(name: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings})
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def turned(**how: Any) -> dict[str, Any]:
+    """Rotary settings, as transformers 5 and as 4 name them."""
+    return {"rope_parameters": {"rope_theta": 10000.0, **how}, "rope_scaling": how}
+
+
+WRITTEN: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "llama, tied": lambda: llama(tie_word_embeddings=True),
+    "llama, no padding token": lambda: llama(pad_token_id=None),
+    "llama, as many keys as queries, heads of another size": lambda: llama(num_key_value_heads=4, head_dim=16),
+    "llama 3's rotation": lambda: llama(
+        **turned(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                 original_max_position_embeddings=16)
+    ),
+    "llama, yarn": lambda: llama(**turned(rope_type="yarn", factor=2.0, original_max_position_embeddings=32)),
+    "mistral, no window": lambda: made("Mistral", sliding_window=None),
+    "qwen2, biases and tied": qwen2,
+}  # fmt: skip
+PLAIN: dict[str, Callable[[], Any]] = {
+    "mistral, window of 4": lambda: made("Mistral", sliding_window=4),
+    "qwen2, window of 4": lambda: made("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0),
+    "llama, biases everywhere": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama, gelu": lambda: llama(hidden_act="gelu"),
+    "llama, a rotation that depends on the length": lambda: llama(**turned(rope_type="dynamic", factor=2.0)),
+    "llama in bf16": lambda: llama().to(torch.bfloat16),
+    "llama with adapters": lambda: get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear")),
+    "granite, scaled everywhere": lambda: made("Granite", logits_scaling=2.0, embedding_multiplier=2.0),
+    "qwen3, normed heads": lambda: made("Qwen3", head_dim=8),
+    "gpt2": gpt2,
+}
+
+
+def policy_of(model: nn.Module) -> PolicyWithValueHead:
+    policy = PolicyWithValueHead(model)
+    nn.init.normal_(policy.v_head.summary.weight, generator=torch.Generator().manual_seed(1))
+    return policy
+
+
+def rows(*, ragged: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+    asked, answers = queries(3, 1, 7, 2), queries(5, 4, 1, 9, seed=2)
+    if not ragged:
+        asked, answers = queries(3, 3, 3), queries(4, 4, 4, seed=2)
+    asked[0][1], answers[0][2] = 0, 0  # the padding token, which is an id like others in a text
+    return asked, answers
+
+
+def by_autograd(policy: PolicyWithValueHead, sequences: Sequences, temperature: float) -> dict[str, Tensor]:
+    outputs = policy(sequences, temperature)
+    weights = torch.linspace(-1, 2, len(outputs[0]))
+    torch.autograd.backward(outputs[:2], [weights, 0.3 * weights.flip(0)])
+    found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    return {**dict(zip(("logprobs", "values", "entropy"), (o.detach() for o in outputs), strict=True)), **found}
+
+
+def by_hand(policy: PolicyWithValueHead, sequences: Sequences, temperature: float) -> dict[str, Tensor]:
+    written = written_out(policy.pretrained_model)
+    assert written is not None
+    one = Pass(written, policy.v_head, sequences, temperature)
+    weights = torch.linspace(-1, 2, len(one.logprobs))
+    outputs = {name: getattr(one, name).clone() for name in ("logprobs", "values", "entropy")}
+    one.learn(weights, 0.3 * weights.flip(0)).materialize()
+    return {**outputs, **{name: p.grad for name, p in policy.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("ragged", (True, False))
+@pytest.mark.parametrize("temperature", (1.0, 0.8))
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_out_says_and_learns_what_autograd_finds(name: str, temperature: float, ragged: bool) -> None:
+    model = WRITTEN[name]()
+    other, sequences = copy.deepcopy(model), Sequences.of(*rows(ragged=ragged), packed=True)
+    expected = by_autograd(policy_of(other), sequences, temperature)
+    found = by_hand(policy_of(model), sequences, temperature)
+    assert found.keys() == expected.keys() and len(found) > 20
+    for part, value in expected.items():
+        assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
+        assert bool((value != 0).any()), part
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_not_of_that_type_takes_the_other_way(name: str) -> None:
+    assert written_out(PLAIN[name]()) is None
+
+
+def test_a_model_of_the_type_that_says_something_else_is_found_out() -> None:
+    model = llama()
+    model.model.norm.forward = lambda states: 2 * states  # type: ignore[method-assign]
+    assert written_out(model) is None
+
+
+def test_autocast_new_embeddings_and_another_precision_are_seen_after_the_trial() -> None:
+    model = llama()
+    first = written_out(model)
+    assert first is not None and written_out(model) is first
+    with torch.autocast("cpu", torch.bfloat16):
+        assert written_out(model) is None
+    model.resize_token_embeddings(VOCABULARY + 8)
+    again = written_out(model)
+    assert again is not None and again is not first and len(again.head) == VOCABULARY + 8
+    model.to(torch.bfloat16)
+    assert written_out(model) is None
+
+
+def test_layers_that_are_shared_with_the_reference_learn_nothing() -> None:
+    model = llama()
+    shared_reference(model, 1)
+    other, sequences = copy.deepcopy(model), Sequences.of(*rows(), packed=True)
+    found, expected = by_hand(policy_of(model), sequences, 1.0), by_autograd(policy_of(other), sequences, 1.0)
+    assert found.keys() == expected.keys() and not any("layers.0" in name or "embed" in name for name in found)
+    for part, value in expected.items():
+        torch.testing.assert_close(found[part], value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", ((4, 2, 7, 1, 5), (3, 3, 3)))
+@pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
+def test_it_samples_and_scores_as_the_model_does(
+    name: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = WRITTEN[name](), queries(*(lengths * 6))
+    # Many end early: rows leave the batch.
+    settings = Sampling(12, temperature=0.9, eos_token_ids=tuple(range(40, 64)))
+    uniform, head = draw(len(asked), 12, torch.Generator().manual_seed(0)), policy_of(model).v_head
+    found = sample(model, asked, settings, uniform, value_head=head)
+    scores = response_logprobs(model, asked, found.responses, temperature=0.9)
+    for module in (generation, rollout):
+        monkeypatch.setattr(module, "written_out", lambda _: None)
+    plain = sample(model, asked, settings, uniform, value_head=head)
+    assert len({len(row) for row in plain.responses}) > 3
+    assert [row.tolist() for row in found.responses] == [row.tolist() for row in plain.responses]
+    for part in ("logprobs", "values"):
+        for one, two in zip(getattr(found, part), getattr(plain, part), strict=True):
+            torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    plain_scores = response_logprobs(model, asked, found.responses, temperature=0.9)
+    for one, two in zip(scores, plain_scores, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threads", (1, 3))
+@pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
+def test_weights_that_learn_one_at_a_time_are_those_of_torch_s_adam(
+    name: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Matrices are learned in parts of a few rows.
+    monkeypatch.setattr(gradients, "MOST", 300)
+    monkeypatch.setattr(gradients, "share", lambda jobs, function: on(threads, lambda: lanes.share(jobs, function)))
+    found, expected = policy_of(WRITTEN[name]()), policy_of(WRITTEN[name]())
+    one, two = (torch.optim.Adam(policy.parameters(), lr=1e-2, fused=True) for policy in (found, expected))
+    written = written_out(found.pretrained_model)
+    assert written is not None and takes(one)
+    for number in range(3):
+        sequences = Sequences.of(queries(3, 4, 1), queries(5, 2, 7, seed=number), packed=True)
+        taken = Pass(written, found.v_head, sequences, 1.0)
+        weights = torch.linspace(-1, 2, len(taken.logprobs))
+        learned = taken.learn(weights, weights)
+        learned.materialize()
+        # The same gradients for both: Adam makes a whole step of one that is nothing but rounding.
+        for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+            theirs.grad, mine.grad = mine.grad, None
+        norm = nn.utils.get_total_norm([p.grad for p in expected.parameters() if p.grad is not None])
+        assert norm <= learned.bound() * (1 + 1e-5)
+        assert learned.step(one) == pytest.approx(float(norm), rel=1e-5)
+        two.step()
+        assert not any(p.grad is not None for p in found.parameters())
+    for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+        assert one.state[mine].keys() == two.state[theirs].keys() and one.state[mine]["step"] == 3
+        torch.testing.assert_close(one.state[mine]["exp_avg"], two.state[theirs]["exp_avg"], atol=1e-6, rtol=1e-5)
+
+
+def on(threads: int, call: Callable[[], Any]) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_optimizer_that_is_watched_replaced_or_another_gets_whole_gradients() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    assert takes(torch.optim.Adam([weight], fused=True))
+    scheduled = torch.optim.Adam([weight], fused=True)
+    torch.optim.lr_scheduler.LambdaLR(scheduled, lambda step: 1.0)
+    assert takes(scheduled)
+    watched, replaced = (torch.optim.Adam([weight], fused=True) for _ in range(2))
+    watched.register_step_post_hook(lambda *_: None)
+    replaced.step = lambda: None  # type: ignore[assignment, method-assign]
+    others = [
+        torch.optim.Adam([weight]),
+        torch.optim.Adam([weight], fused=True, weight_decay=0.1),
+        torch.optim.AdamW([weight], fused=True),
+        torch.optim.SGD([weight], 0.1),
+    ]
+    assert not any(takes(optimizer) for optimizer in (watched, replaced, *others))
+
+
+def trainer(model: nn.Module | None = None, **changes: Any) -> PPOTrainer:
+    settings: dict[str, Any] = {"batch_size": 8, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 2e-3}
+    config = PPOConfig(**{**settings, "init_kl_coef": 0.1, **changes})
+    sampling = Sampling(6, eos_token_ids=(2,))
+    return PPOTrainer(config, policy_of(model or llama()), llama(), word_tokenizer(), sampling=sampling)
+
+
+def stepped(trained: PPOTrainer, steps: int = 2) -> tuple[list[dict[str, Any]], dict[str, Tensor], Any]:
+    stats = []
+    for _ in range(steps):
+        found = trained.rollout(queries(4, 2, 6, 3, 5, 1, 4, 4))
+        stats.append(trained.update(found, [float(row % 3) for row in range(8)]))
+    weights = {name: p.detach().clone() for name, p in trained.policy.named_parameters()}
+    return stats, weights, copy.deepcopy(trained.optimizer.state_dict()["state"])
+
+
+def assert_same_training(found: Any, expected: Any) -> None:
+    for one, two in zip(found[0], expected[0], strict=True):
+        for name, value in two.items():
+            if not name.startswith("time/"):
+                assert one[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
+    for name, weights in expected[1].items():
+        assert torch.allclose(found[1][name], weights, atol=1e-4), name
+    assert [state["step"] for state in found[2].values()] == [state["step"] for state in expected[2].values()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {},
+        {"max_grad_norm": 0.5},
+        {"gradient_accumulation_steps": 2},
+        {"ratio_threshold": 1.01},
+        {"mini_batch_size": 1, "vf_coef": 0.5},
+    ),
+    ids=str,
+)
+def test_training_is_that_of_autograd(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = trainer(**changes)
+    assert trained.optimization._written is not None
+    found = stepped(trained)
+    for module in (generation, rollout, optimization):
+        monkeypatch.setattr(module, "written_out", lambda _: None)
+    plain = trainer(**changes)
+    assert plain.optimization._written is None
+    assert_same_training(found, stepped(plain))
+    if "ratio_threshold" in changes:
+        assert any(stats["ppo/policy/skipped_minibatches"] > 0 for stats in found[0])
+
+
+def test_a_bound_that_says_nothing_costs_time_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = stepped(trainer())
+    materialized: list[None] = []
+    materialize = Gradients.materialize
+    monkeypatch.setattr(Gradients, "bound", lambda _: torch.tensor(torch.inf))
+    monkeypatch.setattr(Gradients, "materialize", lambda self: (materialized.append(None), materialize(self))[1])
+    assert_same_training(stepped(trainer()), found)
+    assert len(materialized) == 2 * 8
+
+
+def test_a_gradient_that_is_not_finite_leaves_weights_and_adam_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = trainer()
+    _, before, state = stepped(trained, 1)
+    learn = Llama.learn
+
+    def spoiled(self: Llama, tape: Any, gradient: Tensor, into: Gradients) -> None:
+        learn(self, tape, gradient, into)
+        weight = self.layers[1].down
+        into.products[weight][0][0, 0] = torch.nan
+        into.bounds.append(torch.tensor(torch.nan))
+
+    monkeypatch.setattr(Llama, "learn", spoiled)
+    stats, after, state_after = stepped(trained, 1)
+    assert stats[0]["ppo/grad_norm"] != stats[0]["ppo/grad_norm"]
+    assert all(torch.equal(after[name], weights) for name, weights in before.items())
+    for index, values in state.items():
+        assert all(torch.equal(state_after[index][name], value) for name, value in values.items())
+
+
+def test_a_gradient_hook_of_the_user_s_is_called() -> None:
+    trained, called = trainer(), []
+    trained.policy.pretrained_model.lm_head.weight.register_hook(lambda gradient: called.append(gradient.shape))
+    stepped(trained, 1)
+    assert len(called) == 8
+
+
+def test_a_scheduler_goes_on_without_a_warning() -> None:
+    trained = trainer()
+    trained.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trained.optimizer, lambda step: 0.5**step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stats, _, _ = stepped(trained)
+    assert [one["ppo/learning_rate"] for one in stats] == [2e-3, 1e-3]
+
+
+def test_every_job_is_done_once_on_threads_that_have_one_core_each_and_errors_come_back() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def job(number: int) -> None:
+        assert not torch.is_grad_enabled()
+        torch.ones(300, 300) @ torch.ones(300, 300) + torch.ones(1 << 18).sum()
+        seen.append((number, torch.get_num_threads()))
+
+    def refused(number: int) -> None:
+        raise ValueError(f"job {number}")
+
+    on(3, lambda: lanes.share(range(50), job))
+    assert sorted(number for number, _ in seen) == list(range(50)) and {threads for _, threads in seen} == {1}
+    with pytest.raises(ValueError, match="job"):
+        on(3, lambda: lanes.share(range(50), refused))
+    assert on(3, torch.get_num_threads) == 3
