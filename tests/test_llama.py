@@ -142,18 +142,20 @@ def test_layers_that_are_shared_with_the_reference_learn_nothing() -> None:
     model = llama()
     shared_reference(model, 1)
     other, sequences = copy.deepcopy(model), Sequences.of(*rows(), packed=True)
+    one = Pass(written_out(model), policy_of(model).v_head, sequences, 1.0)  # type: ignore[arg-type]
+    assert one.tape is not None and len(one.tape.layers) == 1
     found, expected = by_hand(policy_of(model), sequences, 1.0), by_autograd(policy_of(other), sequences, 1.0)
     assert found.keys() == expected.keys() and not any("layers.0" in name or "embed" in name for name in found)
     for part, value in expected.items():
         torch.testing.assert_close(found[part], value, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", ((4, 2, 7, 1, 5), (3, 3, 3)))
+@pytest.mark.parametrize("lengths", ((4, 2, 7, 1, 5), (3, 3, 3), (2,)))
 @pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
 def test_it_samples_and_scores_as_the_model_does(
     name: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, asked = WRITTEN[name](), queries(*(lengths * 6))
+    model, asked = WRITTEN[name](), queries(*(lengths * (6 if len(lengths) > 1 else 1)))
     # Many end early: rows leave the batch.
     settings = Sampling(12, temperature=0.9, eos_token_ids=tuple(range(40, 64)))
     uniform, head = draw(len(asked), 12, torch.Generator().manual_seed(0)), policy_of(model).v_head
@@ -162,7 +164,7 @@ def test_it_samples_and_scores_as_the_model_does(
     for module in (generation, rollout):
         monkeypatch.setattr(module, "written_out", lambda _: None)
     plain = sample(model, asked, settings, uniform, value_head=head)
-    assert len({len(row) for row in plain.responses}) > 3
+    assert len({len(row) for row in plain.responses}) > 3 or len(asked) == 1
     assert [row.tolist() for row in found.responses] == [row.tolist() for row in plain.responses]
     for part in ("logprobs", "values"):
         for one, two in zip(getattr(found, part), getattr(plain, part), strict=True):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.ppo.advantages import advantages_and_returns, full_kl, kl_penalty, token_rewards
+from rlhf_ppo.ppo.generation import _where_cumulative
 from rlhf_ppo.ppo.kl_control import KLController, RunningMoments, shape_scores
 from rlhf_ppo.ppo.losses import MinibatchLoss, ppo_loss
 from rlhf_ppo.ppo.tensors import logprob_and_entropy, masked_mean, masked_var, token_logprobs, whiten
@@ -261,3 +262,16 @@ def test_logprob_entropy_and_gradient_agree_with_autograd() -> None:
     close(entropy, -(plain.exp() * plain).sum(-1), 1e-6)
     close(logits.grad, expected, 1e-6)
     close(token_logprobs(logits, tokens), logprobs, 1e-6)
+
+
+def test_a_token_is_where_the_sum_of_the_distribution_passes_its_number() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probs = (torch.randn(40, 1300, generator=generator) * 3).softmax(-1)
+    probs[:, 500:700] = 0
+    uniform = torch.rand(40, generator=generator, dtype=torch.float64)
+    sums = probs.double().cumsum(-1)
+    expected = [int((row <= number * row[-1]).sum()) for row, number in zip(sums, uniform, strict=True)]
+    assert _where_cumulative(probs, uniform).squeeze(1).tolist() == expected
+    assert len({place // 512 for place in expected}) == 3
+    ends = _where_cumulative(probs[:2], torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert ends.flatten().tolist() == [0, 1299]

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from rlhf_ppo.ppo.cpu import product_of
 from rlhf_ppo.ppo.gradients import Gradients
@@ -24,6 +24,9 @@ KINDS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Of transformers; what their configurations may change is found out by trying (``written_out``)."""
 ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings that don't depend on how long a text is."""
+
+WIDTH = 8
+"""Columns come in multiples of that: MKL takes up to a third longer for a few columns less."""
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -114,12 +117,13 @@ class Llama:
         return found if temperature == 1.0 else found.div_(temperature)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """The first states (hidden, tokens) of ``ids`` (tokens,)."""
-        return self.embeddings[ids].t().contiguous()
+        """The first states (hidden, columns) of ``ids`` (tokens,), and of zeros, of which nothing comes."""
+        return _fill(self.embeddings[ids]).t().contiguous()
 
     def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines (tokens, 1, head size) of the rotations at ``positions`` (1, tokens)."""
-        cosines, sines = self.rotary(self.embeddings[:1], positions)
+        """Cosines and signed sines (columns, 1, head size) of the rotations at ``positions`` (1, tokens)."""
+        tokens = positions.shape[1]
+        cosines, sines = self.rotary(self.embeddings[:1], pad(positions, (0, _filled(tokens) - tokens)))
         half = self.size // 2
         signed = torch.cat([-sines[0, :, :half], sines[0, :, half:]], 1)
         return cosines[0, :, None], signed[:, None]
@@ -162,9 +166,10 @@ class Llama:
         """Put what the weights have of ``gradient`` (hidden, n), that of the hidden states, into ``gradients``."""
         assert tape.last is not None
         chosen = _norm_gradient(tape.last, self.norm, gradient, None, gradients)
-        states = chosen.new_zeros(len(chosen), len(tape.ids)).index_copy_(1, tape.index, chosen)
+        states = chosen.new_zeros(len(chosen), _filled(len(tape.ids))).index_copy_(1, tape.index, chosen)
         for layer in reversed(self.layers[tape.first :]):
             states = self._layer_gradient(layer, tape.layers.pop(), tape, states, gradients)
+        states = states[:, : len(tape.ids)]
         if self.padding is not None:
             # torch's embedding of this id learns nothing.
             states[:, tape.ids == self.padding] = 0
@@ -207,19 +212,20 @@ class _Packed:
         """An ``Attention``."""
         found, sums = _attend(*self._apart(heads), 0.0, True, scale=self.scale)
         rows = found.transpose(1, 2).flatten(0, 1).flatten(1)
-        return (rows.index_select(0, self.layout.kept) if self.layout.ragged else rows), sums
+        return _fill(rows.index_select(0, self.layout.kept) if self.layout.ragged else rows), sums
 
     def _apart(self, heads: Tensor) -> tuple[Tensor, ...]:
-        rows = heads.index_select(0, self.layout.padded) if self.layout.ragged else heads
+        rows = heads.index_select(0, self.layout.padded) if self.layout.ragged else heads[: len(self.layout.kept)]
         whole = rows.unflatten(0, (len(self.layout.lengths), -1)).transpose(1, 2)
         return whole.split(self.split, 1)
 
     def gradient(self, kept: Kept, gradient: Tensor) -> Tensor:
         """That of the heads from that of ``attended``. No token attends to padding, whose own gradient is zero."""
-        layout, of_attended, attended = self.layout, gradient, kept.attended
+        layout, tokens = self.layout, len(self.layout.kept)
+        of_attended, attended = gradient[:tokens], kept.attended[:tokens]
         if layout.ragged:
             of_attended = gradient.new_zeros(len(layout.padded), gradient.shape[1])
-            of_attended.index_copy_(0, layout.kept, gradient)
+            of_attended.index_copy_(0, layout.kept, gradient[:tokens])
             attended = attended.index_select(0, layout.padded)
         shape = (len(layout.lengths), -1, self.split[0], kept.heads.shape[-1])
         of_attended, attended = (rows.view(shape).transpose(1, 2) for rows in (of_attended, attended))
@@ -227,7 +233,7 @@ class _Packed:
             of_attended, *self._apart(kept.heads), attended, kept.sums, 0.0, True, scale=self.scale
         )
         heads = torch.cat([part.transpose(1, 2) for part in found], 2).flatten(0, 1)
-        return heads.index_select(0, layout.kept) if layout.ragged else heads
+        return _fill(heads.index_select(0, layout.kept) if layout.ragged else heads)
 
 
 class Decoder:
@@ -257,7 +263,7 @@ class Decoder:
             packed = _Packed(model, layer, self.layout)
 
             def attend(heads: Tensor, packed: _Packed = packed, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
-                memory.flatten(0, 1).index_copy_(0, self.places, heads[:, model.queries :])
+                memory.flatten(0, 1).index_copy_(0, self.places, heads[: len(self.ids), model.queries :])
                 return packed(heads)
 
             states, _ = model.through(layer, states, turns, attend)
@@ -267,27 +273,38 @@ class Decoder:
     def next(self, tokens: Tensor) -> Tensor:
         """Last hidden states (hidden, rows) after ``tokens`` (rows,)."""
         model, turns = self.model, self.model.turns(self.seen[None])
-        states, here = model.embedded(tokens), self.column
+        states, here, rows = model.embedded(tokens), self.column, len(tokens)
         self.seen, self.column = self.seen + 1, self.column + 1
         mask = None if self.mask is None else self.mask[:, None, None, : self.column]
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, layer: _Layer = layer, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
-                memory[:, here] = heads[:, model.queries :]
+                memory[:, here] = heads[:rows, model.queries :]
                 keys, values = memory[:, : self.column].transpose(1, 2).split(model.keys, 1)
                 found = scaled_dot_product_attention(
-                    heads[:, : model.queries, None], keys, values, mask, scale=layer.scale, enable_gqa=True
+                    heads[:rows, : model.queries, None], keys, values, mask, scale=layer.scale, enable_gqa=True
                 )
-                return found.flatten(1), found
+                return _fill(found.flatten(1)), found
 
             states, _ = model.through(layer, states, turns, attend)
-        return _normed(states, model.norm)
+        return _normed(states[:, :rows], model.norm)
 
     def batch_select_indices(self, rows: Tensor) -> None:
         """Go on with ``rows`` alone."""
         self.memory = [memory.index_select(0, rows) for memory in self.memory]
         self.seen = self.seen[rows]
         self.mask = None if self.mask is None else self.mask[rows]
+
+
+def _filled(tokens: int) -> int:
+    """How many columns that many tokens have."""
+    return tokens if tokens <= WIDTH // 2 else 2 * WIDTH if WIDTH < tokens < 2 * WIDTH else -(-tokens // WIDTH) * WIDTH
+
+
+def _fill(rows: Tensor) -> Tensor:
+    """``rows`` (tokens, ...) and zeros, (columns, ...)."""
+    missing = _filled(len(rows)) - len(rows)
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
 def _scale(states: Tensor, norm: Any) -> Tensor:
