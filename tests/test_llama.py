@@ -319,6 +319,13 @@ def test_a_gradient_hook_of_the_user_s_is_called() -> None:
     assert len(called) == 8
 
 
+def test_a_model_that_accelerate_or_the_user_put_in_the_policy_s_place_is_the_one_that_is_called() -> None:
+    trained = trainer()
+    assert trained.optimization._written is not None
+    trained.optimization.model = nn.Sequential(trained.policy)
+    assert trained.optimization._written is None
+
+
 def test_a_scheduler_goes_on_without_a_warning() -> None:
     trained = trainer()
     trained.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trained.optimizer, lambda step: 0.5**step)

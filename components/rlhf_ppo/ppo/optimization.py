@@ -175,7 +175,8 @@ class Optimization:
     def _written(self) -> Llama | None:
         """The policy's layers, written out; None where autograd is needed."""
         hooked = any(parameter._backward_hooks for parameter in self.policy.parameters())
-        return None if hooked or torch.is_autocast_enabled("cpu") else self.written
+        replaced = self.model is not self.policy
+        return None if hooked or replaced or torch.is_autocast_enabled("cpu") else self.written
 
     def _forward(self, sequences: Sequences, temperature: float) -> tuple[list[Tensor], Learn]:
         """Log-probabilities, values and entropies (n,), and what takes the gradients of the first two."""
