@@ -26,7 +26,7 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings that don't depend on how long a text is."""
 
 WIDTH = 8
-"""Columns come in multiples of that: MKL takes up to a third longer for a few columns less."""
+"""Columns come in multiples of that: a product by MKL can take longer for a few columns less."""
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
