@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -22,18 +21,7 @@ from rlhf_ppo.ppo.models import shared_reference
 from rlhf_ppo.ppo.passes import Pass
 from rlhf_ppo.ppo.rollout import response_logprobs
 from rlhf_ppo.ppo.sequences import Sequences
-from tiny_models import ENDS, VOCABULARY, gpt2, llama, queries, qwen2, word_tokenizer
-
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, **ENDS,
-}  # fmt: skip
-
-
-def made(name: str, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings})
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+from tiny_models import SIZES, VOCABULARY, gpt2, llama, made, queries, qwen2, word_tokenizer
 
 
 def turned(**how: Any) -> dict[str, Any]:
@@ -51,19 +39,21 @@ WRITTEN: dict[str, Callable[[], Any]] = {
                  original_max_position_embeddings=16)
     ),
     "llama, yarn": lambda: llama(**turned(rope_type="yarn", factor=2.0, original_max_position_embeddings=32)),
-    "mistral, no window": lambda: made("Mistral", sliding_window=None),
+    "mistral, no window": lambda: made("Mistral", **SIZES, sliding_window=None),
     "qwen2, biases and tied": qwen2,
 }  # fmt: skip
 PLAIN: dict[str, Callable[[], Any]] = {
-    "mistral, window of 4": lambda: made("Mistral", sliding_window=4),
-    "qwen2, window of 4": lambda: made("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0),
+    "mistral, window of 4": lambda: made("Mistral", **SIZES, sliding_window=4),
+    "qwen2, window of 4": lambda: made(
+        "Qwen2", **SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0
+    ),
     "llama, biases everywhere": lambda: llama(attention_bias=True, mlp_bias=True),
     "llama, gelu": lambda: llama(hidden_act="gelu"),
     "llama, a rotation that depends on the length": lambda: llama(**turned(rope_type="dynamic", factor=2.0)),
     "llama in bf16": lambda: llama().to(torch.bfloat16),
     "llama with adapters": lambda: get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear")),
-    "granite, scaled everywhere": lambda: made("Granite", logits_scaling=2.0, embedding_multiplier=2.0),
-    "qwen3, normed heads": lambda: made("Qwen3", head_dim=8),
+    "granite, scaled everywhere": lambda: made("Granite", **SIZES, logits_scaling=2.0, embedding_multiplier=2.0),
+    "qwen3, normed heads": lambda: made("Qwen3", **SIZES, head_dim=8),
     "gpt2": gpt2,
 }
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from rlhf_ppo.config import PPOConfig
@@ -19,19 +18,7 @@ from rlhf_ppo.ppo.models import response_logits
 from rlhf_ppo.ppo.packing import Layout, attending, packs
 from rlhf_ppo.ppo.rollout import response_full_kl, response_logprobs
 from rlhf_ppo.ppo.sequences import Sequences
-from tiny_models import ENDS, VOCABULARY, gpt2, llama, neox, qwen2, word_tokenizer
-
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, **ENDS,
-}  # fmt: skip
-
-
-def made(name: str, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**settings)
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
-
+from tiny_models import ENDS, SIZES, VOCABULARY, gpt2, llama, made, neox, qwen2, word_tokenizer
 
 PACKED: dict[str, Callable[[], Any]] = {
     "llama": llama,

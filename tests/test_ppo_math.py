@@ -275,3 +275,13 @@ def test_a_token_is_where_the_sum_of_the_distribution_passes_its_number() -> Non
     assert len({place // 512 for place in expected}) == 3
     ends = _where_cumulative(probs[:2], torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert ends.flatten().tolist() == [0, 1299]
+
+
+def test_a_token_of_no_probability_is_never_taken_also_where_sums_round() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(2000, 1024, generator=generator)
+    probs[:, 400:] = 0
+    probs /= probs.sum(-1, keepdim=True)
+    # A card without fp64 draws in fp32; just below 1 is where its two sums disagree.
+    taken = _where_cumulative(probs, torch.full((2000,), 1 - 2.0**-24))
+    assert bool((probs.gather(1, taken) > 0).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BartConfig,
@@ -26,6 +27,17 @@ from transformers import (
 
 VOCABULARY = 64
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, **ENDS,
+}  # fmt: skip
+
+
+def made(name: str, **settings: Any) -> Any:
+    """A model of any of transformers' architectures."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**settings)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:

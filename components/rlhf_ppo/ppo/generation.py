@@ -354,8 +354,9 @@ def _where_cumulative(probs: Tensor, uniform: Tensor) -> Tensor:
     block = torch.searchsorted(ends, threshold, right=True).clamp(max=ends.shape[1] - 1)
     before = pad(ends, (1, 0)).gather(1, block)
     within = before + blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=uniform.dtype)
-    place = torch.searchsorted(within, threshold, right=True).clamp(max=BLOCK - 1)
-    return (block * BLOCK + place).clamp(max=places - 1)
+    # The two sums of a block round differently: beyond the last place that adds something is none.
+    last = torch.searchsorted(within, within[:, -1:].contiguous())
+    return block * BLOCK + torch.minimum(torch.searchsorted(within, threshold, right=True), last)
 
 
 def _restricted(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -28,6 +28,7 @@ LEARNED_FROM = ("mask", "logprobs", "values", "advantages", "returns")
 SKIPPED = "ppo/policy/skipped_minibatches"
 
 Learn = Callable[[Tensor, Tensor], None]
+"""Takes the gradients (n,) of log-probabilities and values."""
 
 
 class Minibatches:
@@ -193,7 +194,8 @@ class Optimization:
 
     def _learn(self, gradients: Gradients) -> None:
         """Keep ``gradients`` for the optimizer, as products where it takes them so and nothing else needs them."""
-        if self.config.gradient_accumulation_steps > 1 or self.config.max_grad_norm or not takes(self.optimizer):
+        several, clipped = self.config.gradient_accumulation_steps > 1, self.config.max_grad_norm is not None
+        if several or clipped or not takes(self.optimizer):
             gradients.materialize()
         else:
             self.learned = gradients
