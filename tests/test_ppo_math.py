@@ -285,3 +285,12 @@ def test_a_token_of_no_probability_is_never_taken_also_where_sums_round() -> Non
     # A card without fp64 draws in fp32; just below 1 is where its two sums disagree.
     taken = _where_cumulative(probs, torch.full((2000,), 1 - 2.0**-24))
     assert bool((probs.gather(1, taken) > 0).all())
+
+
+@pytest.mark.parametrize("places", [64, 512, 1300])
+def test_where_probabilities_are_nan_the_token_is_still_one_of_the_vocabulary(places: int) -> None:
+    probs = torch.full((2, places), 1 / places)
+    probs[0] = torch.nan
+    probs[1, 3] = torch.nan
+    taken = _where_cumulative(probs, torch.full((2,), 0.5, dtype=torch.float64))
+    assert taken.flatten().tolist() == [places - 1] * 2

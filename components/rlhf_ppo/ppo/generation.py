@@ -356,7 +356,8 @@ def _where_cumulative(probs: Tensor, uniform: Tensor) -> Tensor:
     within = before + blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=uniform.dtype)
     # The two sums of a block round differently: beyond the last place that adds something is none.
     last = torch.searchsorted(within, within[:, -1:].contiguous())
-    return block * BLOCK + torch.minimum(torch.searchsorted(within, threshold, right=True), last)
+    found = block * BLOCK + torch.minimum(torch.searchsorted(within, threshold, right=True), last)
+    return found.clamp(max=places - 1)  # where probabilities are NaN, no sum exceeds anything
 
 
 def _restricted(logits: Tensor, sampling: Sampling) -> Tensor:
