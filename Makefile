@@ -8,9 +8,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 SEED ?= 0
 RUN = $(VENV)/bin
-# Threads that wait must not burn the cores that other processes need.
-export OMP_WAIT_POLICY = passive
-export GOMP_SPINCOUNT = 0
+# Tests run side by side: threads that wait must not burn the cores that other processes need.
+test test-matrix: export OMP_WAIT_POLICY = passive
+test test-matrix: export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # Two installations into one environment at the same time break it.
@@ -38,9 +38,8 @@ test-matrix: $(VENV)-4.55/.ready
 	OMP_NUM_THREADS=1 $(VENV)-4.55/bin/python -m pytest -q -n 2 --dist loadfile $(TORCH_TESTS)
 	$(VENV)-4.55/bin/python -m pytest -q -m index tests/test_packaging.py
 
-# Both sides with the threads' own defaults: nothing else should run.
 bench: $(VENV)/.demo $(VENV)-trl/.ready
-	env -u OMP_WAIT_POLICY -u GOMP_SPINCOUNT $(RUN)/python benchmarks/ppo_iteration/run.py $(VENV)-trl/bin/python $(ARGS)
+	$(RUN)/python benchmarks/ppo_iteration/run.py $(VENV)-trl/bin/python $(ARGS)
 
 ENGINE ?= $(notdir $(shell command -v podman || command -v docker))
 BASE_IMAGE ?= python:3.11-slim-bookworm

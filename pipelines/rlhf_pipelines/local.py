@@ -152,8 +152,6 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 def _environment(directory: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
     """What the steps find in their environment; the user's own settings win."""
     defaults = {
-        "OMP_WAIT_POLICY": "passive",
-        "GOMP_SPINCOUNT": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
