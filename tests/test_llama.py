@@ -13,7 +13,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from rlhf_ppo.config import PPOConfig
-from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling, generation, gradients, lanes, optimization, rollout
+from rlhf_ppo.ppo import (
+    PolicyWithValueHead,
+    PPOTrainer,
+    Sampling,
+    attention,
+    generation,
+    gradients,
+    lanes,
+    optimization,
+    rollout,
+)
 from rlhf_ppo.ppo.generation import draw, sample
 from rlhf_ppo.ppo.gradients import Gradients, takes
 from rlhf_ppo.ppo.llama import Llama, written_out
@@ -90,14 +100,31 @@ def by_hand(policy: PolicyWithValueHead, sequences: Sequences, temperature: floa
     return {**outputs, **{name: p.grad for name, p in policy.named_parameters() if p.grad is not None}}
 
 
+@pytest.fixture(params=("short", "long"))
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """Attention of short sequences, or of long ones, for all."""
+    monkeypatch.setattr(attention, "SHORT", 1000 if request.param == "short" else 0)
+    return {"short": attention.Products, "long": attention.Flash}[request.param]
+
+
+@pytest.fixture(params=(0, gradients.SMALL), ids=("large", "small"))
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that learn one at a time, as large ones do, or together."""
+    monkeypatch.setattr(gradients, "SMALL", request.param)
+
+
 @pytest.mark.parametrize("ragged", (True, False))
 @pytest.mark.parametrize("temperature", (1.0, 0.8))
 @pytest.mark.parametrize("name", WRITTEN)
-def test_what_is_written_out_says_and_learns_what_autograd_finds(name: str, temperature: float, ragged: bool) -> None:
+def test_what_is_written_out_says_and_learns_what_autograd_finds(
+    name: str, temperature: float, ragged: bool, kernel: type
+) -> None:
     model = WRITTEN[name]()
     other, sequences = copy.deepcopy(model), Sequences.of(*rows(ragged=ragged), packed=True)
     expected = by_autograd(policy_of(other), sequences, temperature)
     found = by_hand(policy_of(model), sequences, temperature)
+    assert sequences.layout is not None
+    assert type(written_out(model).attention(sequences.layout).kernel) is kernel  # type: ignore[union-attr]
     assert found.keys() == expected.keys() and len(found) > 20
     for part, value in expected.items():
         assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
@@ -171,7 +198,8 @@ def test_weights_that_learn_one_at_a_time_are_those_of_torch_s_adam(
 ) -> None:
     # Matrices are learned in parts of a few rows.
     monkeypatch.setattr(gradients, "MOST", 300)
-    monkeypatch.setattr(gradients, "share", lambda jobs, function: on(threads, lambda: lanes.share(jobs, function)))
+    monkeypatch.setattr(gradients, "SMALL", 0)
+    monkeypatch.setattr(gradients, "share", lambda *given: on(threads, lambda: lanes.share(*given)))
     found, expected = policy_of(WRITTEN[name]()), policy_of(WRITTEN[name]())
     one, two = (torch.optim.Adam(policy.parameters(), lr=1e-2, fused=True) for policy in (found, expected))
     written = written_out(found.pretrained_model)
@@ -260,7 +288,7 @@ def assert_same_training(found: Any, expected: Any) -> None:
     ),
     ids=str,
 )
-def test_training_is_that_of_autograd(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_that_of_autograd(changes: dict[str, Any], size: None, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = trainer(**changes)
     assert trained.optimization._written is not None
     found = stepped(trained)
@@ -274,6 +302,7 @@ def test_training_is_that_of_autograd(changes: dict[str, Any], monkeypatch: pyte
 
 
 def test_a_bound_that_says_nothing_costs_time_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "SMALL", 0)
     found = stepped(trainer())
     materialized: list[None] = []
     materialize = Gradients.materialize
@@ -283,7 +312,9 @@ def test_a_bound_that_says_nothing_costs_time_and_changes_nothing(monkeypatch: p
     assert len(materialized) == 2 * 8
 
 
-def test_a_gradient_that_is_not_finite_leaves_weights_and_adam_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_not_finite_leaves_weights_and_adam_as_they_were(
+    size: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = trainer()
     _, before, state = stepped(trained, 1)
     learn = Llama.learn
@@ -292,7 +323,6 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_adam_as_they_were(monk
         learn(self, tape, gradient, into)
         weight = self.layers[1].down
         into.products[weight][0][0, 0] = torch.nan
-        into.bounds.append(torch.tensor(torch.nan))
 
     monkeypatch.setattr(Llama, "learn", spoiled)
     stats, after, state_after = stepped(trained, 1)
@@ -316,7 +346,7 @@ def test_a_model_that_accelerate_or_the_user_put_in_the_policy_s_place_is_the_on
     assert trained.optimization._written is None
 
 
-def test_a_scheduler_goes_on_without_a_warning() -> None:
+def test_a_scheduler_goes_on_without_a_warning(size: None) -> None:
     trained = trainer()
     trained.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trained.optimizer, lambda step: 0.5**step)
     with warnings.catch_warnings():

@@ -15,6 +15,8 @@ from rlhf_ppo.ppo.lanes import share
 
 MOST = 1 << 22
 """Numbers of a weight that is learned at once; of a larger one (embeddings) as many rows as have fewer."""
+SMALL = 1 << 18
+"""Numbers of a weight whose gradient may as well be in memory."""
 
 
 class Gradients:
@@ -24,36 +26,38 @@ class Gradients:
         self.products: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.rows: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.others: dict[Tensor, Tensor] = {}
-        self.bounds: list[Tensor] = []
 
     def add_products(self, inputs: Tensor, outputs: list[tuple[Tensor, Tensor]]) -> None:
         """Each weight (n, k) has its of_output (n, tokens) times ``inputs`` (k, tokens), transposed."""
-        size = torch.linalg.vector_norm(inputs)
-        for weight, of_output in outputs:
-            if weight.requires_grad:
-                self.products[weight] = (of_output, inputs)
-                self.bounds.append(size * torch.linalg.vector_norm(of_output))
+        self.products |= {weight: (of_output, inputs) for weight, of_output in outputs if weight.requires_grad}
 
     def add_rows(self, weight: Tensor, ids: Tensor, columns: Tensor) -> None:
         """The rows ``ids`` (tokens,) of ``weight`` (n, k) have ``columns`` (k, tokens)."""
         if weight.requires_grad:
             self.rows[weight] = (ids, columns.t())
-            self.bounds.append(torch.linalg.vector_norm(columns))
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """``parameter`` has ``gradient``."""
         if parameter.requires_grad:
             self.others[parameter] = gradient
-            self.bounds.append(torch.linalg.vector_norm(gradient))
 
     @property
     def parameters(self) -> list[Tensor]:
         """What has a gradient."""
         return list(dict.fromkeys([*self.products, *self.rows, *self.others]))
 
+    @property
+    def small(self) -> bool:
+        """Whether all of it may as well be in memory."""
+        return all(parameter.numel() <= SMALL for parameter in self.parameters)
+
     def bound(self) -> Tensor:
         """A number that the norm of all gradients does not exceed, 0-d: a product's is at most its factors' product."""
-        return torch.stack(self.bounds).sum()
+        factors = {id(factor): factor for pair in self.products.values() for factor in pair}
+        norms = {number: torch.linalg.vector_norm(factor) for number, factor in factors.items()}
+        bounds = [norms[id(of_output)] * norms[id(inputs)] for of_output, inputs in self.products.values()]
+        others = [*(rows for _, rows in self.rows.values()), *self.others.values()]
+        return torch.stack([*bounds, *map(torch.linalg.vector_norm, others)]).sum()
 
     def materialize(self) -> None:
         """Add the gradients to the parameters' ``grad``."""
@@ -61,12 +65,15 @@ class Gradients:
         def add(parameter: Tensor) -> None:
             for part in _parts(parameter):
                 gradient = self._of(parameter, part)
+                if parameter.grad is None and len(gradient) == len(parameter):
+                    parameter.grad = gradient
+                    return
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 parameter.grad[part] += gradient
 
         with torch.no_grad():
-            share(self.parameters, add)
+            share(self.parameters, add, 1 if self.small else None)
 
     def _of(self, parameter: Tensor, part: slice) -> Tensor:
         """The gradient of the rows ``part`` of ``parameter``."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
+from rlhf_ppo.ppo.attention import PackedAttention
 from rlhf_ppo.ppo.cpu import product_of
 from rlhf_ppo.ppo.gradients import Gradients
 from rlhf_ppo.ppo.packing import AGREEMENT, Layout
@@ -28,28 +29,31 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")
 WIDTH = 8
 """Columns come in multiples of that: a product by MKL can take longer for a few columns less."""
 
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attend_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _silu_gradient = torch.ops.aten.silu_backward
 
-Attention = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Heads (tokens, queries + keys + values, size) to (tokens, queries * size), and the sums of its softmax."""
+Attention = Callable[[Tensor], tuple[Tensor, Any]]
+"""Heads (tokens, queries + keys + values, size) to (tokens, queries * size), and what its gradient needs."""
+
+
+class Normed(NamedTuple):
+    """What a norm gives, (hidden, tokens): ``states`` are ``scaled`` times its weight, and those given ``scale``d."""
+
+    states: Tensor
+    scaled: Tensor
+    scale: Tensor
 
 
 @dataclass
 class Kept:
-    """What one layer's gradient needs of its forward pass: (n, tokens), but for ``heads`` and ``attended``."""
+    """What one layer's gradient needs of its forward pass: (n, tokens), but for ``attended`` and what it ``saw``."""
 
-    states: Tensor
-    normed: Tensor
-    heads: Tensor
+    before: Normed
     attended: Tensor
-    sums: Tensor
-    middle: Tensor
-    middle_normed: Tensor
+    saw: Any
+    after: Normed
     gate: Tensor
+    active: Tensor
     up: Tensor
-    product: Tensor
 
 
 @dataclass
@@ -58,11 +62,11 @@ class Tape:
 
     ids: Tensor
     index: Tensor
-    layout: Layout
+    attention: PackedAttention
     turns: tuple[Tensor, Tensor]
     first: int
     layers: list[Kept] = field(default_factory=list)
-    last: Tensor | None = None
+    last: Normed | None = None
 
 
 class _Layer:
@@ -77,7 +81,7 @@ class _Layer:
             rows = slice(self.width, self.width + len(linear.weight))
             self.projections.append((rows, linear.weight, linear.bias))
             self.width = rows.stop
-        self.scale, self.out = attention.scaling, attention.o_proj.weight
+        self.out = attention.o_proj.weight
         self.gate, self.up, self.down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
         self.parameters = list(module.parameters())
 
@@ -90,35 +94,39 @@ class Llama:
         self.embeddings, self.rotary, self.norm = inner.embed_tokens.weight, inner.rotary_emb, inner.norm
         self.head, self.padding = model.lm_head.weight, inner.embed_tokens.padding_idx
         self.layers = [_Layer(layer) for layer in inner.layers]
-        self.size = inner.layers[0].self_attn.head_dim
+        self.size, self.scale = inner.layers[0].self_attn.head_dim, inner.layers[0].self_attn.scaling
         self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
 
     # 1. Forward
 
     def read(self, ids: Tensor, layout: Layout, index: Tensor, keep: bool = False) -> tuple[Tensor, Tape | None]:
         """Last hidden states (hidden, n) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
-        turns = self.turns(layout.positions)
-        tape = Tape(ids, index, layout, turns, self._first()) if keep else None
+        turns, attention = self.turns(layout.positions), self.attention(layout)
+        tape = Tape(ids, index, attention, turns, self._first()) if keep else None
         states = self.embedded(ids)
         for number, layer in enumerate(self.layers):
-            states, kept = self.through(layer, states, turns, _Packed(self, layer, layout))
+            states, kept = self.through(layer, states, turns, attention)
             if tape is not None and number >= tape.first:
                 tape.layers.append(kept)
             # What is not kept is free before the next layer.
             del kept
-        chosen = states.index_select(1, index)
+        last = _normed(states.index_select(1, index), self.norm)
         if tape is not None:
-            tape.last = chosen
-        return _normed(chosen, self.norm), tape
+            tape.last = last
+        return last.states, tape
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Logits (n, vocabulary) of last hidden states (hidden, n)."""
         found = product_of(hidden.t().contiguous(), self.head)
         return found if temperature == 1.0 else found.div_(temperature)
 
+    def attention(self, layout: Layout) -> PackedAttention:
+        """That of sequences that stand end to end."""
+        return PackedAttention(self.queries, self.keys, self.scale, layout, _filled(len(layout.kept)))
+
     def embedded(self, ids: Tensor) -> Tensor:
-        """The first states (hidden, columns) of ``ids`` (tokens,), and of zeros, of which nothing comes."""
-        return _fill(self.embeddings[ids]).t().contiguous()
+        """The first states (hidden, columns) of ``ids`` (tokens,), and of columns more, of which nothing comes."""
+        return self.embeddings[pad(ids, (0, _filled(len(ids)) - len(ids)))].t().contiguous()
 
     def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (columns, 1, head size) of the rotations at ``positions`` (1, tokens)."""
@@ -132,23 +140,23 @@ class Llama:
         self, layer: _Layer, states: Tensor, turns: tuple[Tensor, Tensor], attention: Attention
     ) -> tuple[Tensor, Kept]:
         """``states`` (hidden, tokens) after ``layer``."""
-        normed = _normed(states, layer.norm)
-        flat = states.new_empty(layer.width, states.shape[1])
-        for rows, weight, bias in layer.projections:
-            torch.mm(weight, normed, out=flat[rows])
+        before = _normed(states, layer.norm)
+        flat = states.new_empty(states.shape[1], layer.width)
+        for columns, weight, bias in layer.projections:
+            torch.mm(before.states.t(), weight.t(), out=flat[:, columns])
             if bias is not None:
-                flat[rows] += bias[:, None]
-        heads = flat.t().contiguous().unflatten(1, (-1, self.size))
+                flat[:, columns] += bias
+        heads = flat.unflatten(1, (-1, self.size))
         turned = heads[:, : self.queries + self.keys]
         swapped = turned.roll(self.size // 2, -1)
         turned.mul_(turns[0]).addcmul_(swapped, turns[1])
-        attended, sums = attention(heads)
+        attended, saw = attention(heads)
         middle = torch.addmm(states, layer.out, attended.t())
-        middle_normed = _normed(middle, layer.norm_after)
-        gate, up = layer.gate @ middle_normed, layer.up @ middle_normed
-        product = silu(gate).mul_(up)
-        found = torch.addmm(middle, layer.down, product)
-        return found, Kept(states, normed, heads, attended, sums, middle, middle_normed, gate, up, product)
+        after = _normed(middle, layer.norm_after)
+        gate, up = layer.gate @ after.states, layer.up @ after.states
+        active = silu(gate)
+        found = torch.addmm(middle, layer.down, active * up)
+        return found, Kept(before, attended, saw, after, gate, active, up)
 
     def is_still(self, model: Any) -> bool:
         """Whether ``model`` has the weights, and they the precision, that it had."""
@@ -177,63 +185,30 @@ class Llama:
 
     def _layer_gradient(self, layer: _Layer, kept: Kept, tape: Tape, gradient: Tensor, gradients: Gradients) -> Tensor:
         # 1. The feed-forward half
-        gradients.add_products(kept.product, [(layer.down, gradient)])
+        gradients.add_products(kept.active * kept.up, [(layer.down, gradient)])
         of_product = layer.down.t() @ gradient
-        of_up = silu(kept.gate).mul_(of_product)
+        of_up = kept.active.mul_(of_product)
         of_gate = _silu_gradient(of_product.mul_(kept.up), kept.gate)
-        gradients.add_products(kept.middle_normed, [(layer.up, of_up), (layer.gate, of_gate)])
+        gradients.add_products(kept.after.states, [(layer.up, of_up), (layer.gate, of_gate)])
         of_normed = (layer.gate.t() @ of_gate).addmm_(layer.up.t(), of_up)
-        of_middle = _norm_gradient(kept.middle, layer.norm_after, of_normed, gradient, gradients)
+        of_middle = _norm_gradient(kept.after, layer.norm_after, of_normed, gradient, gradients)
         # 2. The attention's
         gradients.add_products(kept.attended.t(), [(layer.out, of_middle)])
         of_attended = (layer.out.t() @ of_middle).t().contiguous()
-        heads = _Packed(self, layer, tape.layout).gradient(kept, of_attended)
+        heads = tape.attention.gradient(kept.saw, kept.attended, of_attended)
         turned = heads[:, : self.queries + self.keys]
         swapped = turned.roll(self.size // 2, -1)
         turned.mul_(tape.turns[0]).addcmul_(swapped, tape.turns[1], value=-1)
-        flat = heads.flatten(1).t().contiguous()
-        gradients.add_products(kept.normed, [(weight, flat[rows]) for rows, weight, _ in layer.projections])
-        of_normed = torch.zeros_like(gradient)
+        flat = heads.flatten(1).t()
+        gradients.add_products(kept.before.states, [(weight, flat[rows]) for rows, weight, _ in layer.projections])
+        of_normed = None
         for rows, weight, bias in layer.projections:
-            of_normed.addmm_(weight.t(), flat[rows])
+            factors = weight.t(), flat[rows]
+            of_normed = torch.mm(*factors) if of_normed is None else of_normed.addmm_(*factors)
             if bias is not None:
                 gradients.add(bias, flat[rows].sum(1))
-        return _norm_gradient(kept.states, layer.norm, of_normed, of_middle, gradients)
-
-
-class _Packed:
-    """Causal attention of each packed sequence to itself. Sequences are padded for this alone."""
-
-    def __init__(self, model: Llama, layer: _Layer, layout: Layout) -> None:
-        self.layout, self.scale = layout, layer.scale
-        self.split = (model.queries, model.keys, model.keys)
-
-    def __call__(self, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """An ``Attention``."""
-        found, sums = _attend(*self._apart(heads), 0.0, True, scale=self.scale)
-        rows = found.transpose(1, 2).flatten(0, 1).flatten(1)
-        return _fill(rows.index_select(0, self.layout.kept) if self.layout.ragged else rows), sums
-
-    def _apart(self, heads: Tensor) -> tuple[Tensor, ...]:
-        rows = heads.index_select(0, self.layout.padded) if self.layout.ragged else heads[: len(self.layout.kept)]
-        whole = rows.unflatten(0, (len(self.layout.lengths), -1)).transpose(1, 2)
-        return whole.split(self.split, 1)
-
-    def gradient(self, kept: Kept, gradient: Tensor) -> Tensor:
-        """That of the heads from that of ``attended``. No token attends to padding, whose own gradient is zero."""
-        layout, tokens = self.layout, len(self.layout.kept)
-        of_attended, attended = gradient[:tokens], kept.attended[:tokens]
-        if layout.ragged:
-            of_attended = gradient.new_zeros(len(layout.padded), gradient.shape[1])
-            of_attended.index_copy_(0, layout.kept, gradient[:tokens])
-            attended = attended.index_select(0, layout.padded)
-        shape = (len(layout.lengths), -1, self.split[0], kept.heads.shape[-1])
-        of_attended, attended = (rows.view(shape).transpose(1, 2) for rows in (of_attended, attended))
-        found = _attend_gradient(
-            of_attended, *self._apart(kept.heads), attended, kept.sums, 0.0, True, scale=self.scale
-        )
-        heads = torch.cat([part.transpose(1, 2) for part in found], 2).flatten(0, 1)
-        return _fill(heads.index_select(0, layout.kept) if layout.ragged else heads)
+        assert of_normed is not None
+        return _norm_gradient(kept.before, layer.norm, of_normed, of_middle, gradients)
 
 
 class Decoder:
@@ -258,17 +233,16 @@ class Decoder:
     def start(self) -> Tensor:
         """Last hidden states (hidden, rows) at the ends of the queries."""
         model, turns = self.model, self.model.turns(self.layout.positions)
-        states = model.embedded(self.ids)
+        states, packed = model.embedded(self.ids), model.attention(self.layout)
         for layer, memory in zip(model.layers, self.memory, strict=True):
-            packed = _Packed(model, layer, self.layout)
 
-            def attend(heads: Tensor, packed: _Packed = packed, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
+            def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Any]:
                 memory.flatten(0, 1).index_copy_(0, self.places, heads[: len(self.ids), model.queries :])
                 return packed(heads)
 
             states, _ = model.through(layer, states, turns, attend)
         ends = torch.tensor(self.layout.starts) + self.seen - 1
-        return _normed(states.index_select(1, ends), model.norm)
+        return _normed(states.index_select(1, ends), model.norm).states
 
     def next(self, tokens: Tensor) -> Tensor:
         """Last hidden states (hidden, rows) after ``tokens`` (rows,)."""
@@ -278,16 +252,16 @@ class Decoder:
         mask = None if self.mask is None else self.mask[:, None, None, : self.column]
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
-            def attend(heads: Tensor, layer: _Layer = layer, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
+            def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
                 memory[:, here] = heads[:rows, model.queries :]
                 keys, values = memory[:, : self.column].transpose(1, 2).split(model.keys, 1)
                 found = scaled_dot_product_attention(
-                    heads[:rows, : model.queries, None], keys, values, mask, scale=layer.scale, enable_gqa=True
+                    heads[:rows, : model.queries, None], keys, values, mask, scale=model.scale, enable_gqa=True
                 )
                 return _fill(found.flatten(1)), found
 
             states, _ = model.through(layer, states, turns, attend)
-        return _normed(states[:, :rows], model.norm)
+        return _normed(states[:, :rows], model.norm).states
 
     def batch_select_indices(self, rows: Tensor) -> None:
         """Go on with ``rows`` alone."""
@@ -307,24 +281,20 @@ def _fill(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
-def _scale(states: Tensor, norm: Any) -> Tensor:
-    """(tokens,): one over the root of the mean square."""
-    return torch.linalg.vecdot(states, states, dim=0).div_(len(states)).add_(norm.variance_epsilon).rsqrt_()
-
-
-def _normed(states: Tensor, norm: Any) -> Tensor:
-    return (states * _scale(states, norm)).mul_(norm.weight[:, None])
-
-
-def _norm_gradient(states: Tensor, norm: Any, gradient: Tensor, beside: Tensor | None, gradients: Gradients) -> Tensor:
-    """That of what is normed, plus ``beside``."""
-    scale = _scale(states, norm)
+def _normed(states: Tensor, norm: Any) -> Normed:
+    # (tokens,): one over the root of the mean square
+    scale = (states * states).sum(0).div_(len(states)).add_(norm.variance_epsilon).rsqrt_()
     scaled = states * scale
-    gradients.add(norm.weight, torch.linalg.vecdot(gradient, scaled, dim=1))
-    of_scaled = gradient * norm.weight[:, None]
-    along = torch.linalg.vecdot(of_scaled, scaled, dim=0)
-    of_scaled.addcmul_(scaled, along, value=-1 / len(states))
-    return of_scaled.mul_(scale) if beside is None else torch.addcmul(beside, of_scaled, scale)
+    return Normed(scaled * norm.weight[:, None], scaled, scale)
+
+
+def _norm_gradient(normed: Normed, norm: Any, gradient: Tensor, beside: Tensor | None, gradients: Gradients) -> Tensor:
+    """That of what is normed, plus ``beside``; ``gradient`` is used up."""
+    products = gradient * normed.scaled
+    gradients.add(norm.weight, products.sum(1))
+    along = norm.weight @ products
+    of_scaled = gradient.mul_(norm.weight[:, None]).addcmul_(normed.scaled, along, value=-1 / len(gradient))
+    return of_scaled.mul_(normed.scale) if beside is None else torch.addcmul(beside, of_scaled, normed.scale)
 
 
 _found: WeakKeyDictionary[nn.Module, Llama | None] = WeakKeyDictionary()

@@ -206,7 +206,7 @@ class Optimization:
         It is not taken where none did, or the gradient isn't finite.
         """
         learned, self.learned = self.learned, None
-        if learned is not None and bool(torch.isfinite(learned.bound())):
+        if learned is not None and not learned.small and bool(torch.isfinite(learned.bound())):
             return torch.stack([learned.step(self.optimizer), used])
         if learned is not None:
             learned.materialize()
