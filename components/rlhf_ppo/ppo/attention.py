@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,11 +68,13 @@ class Flash:
         self.split, self.scale = (queries, keys, keys), scale
 
     def __call__(self, heads: Tensor) -> tuple[Tensor, Any]:
+        """Of heads (sequences, longest, queries + keys + values, size), (sequences, longest, queries, size)."""
         parts = heads.transpose(1, 2).split(self.split, 1)
         found, sums = _flash(*parts, 0.0, True, scale=self.scale)
         return found.transpose(1, 2), (parts, sums)
 
-    def gradient(self, seen: Any, attended: Any, gradient: Tensor) -> Tensor:
+    def gradient(self, seen: Any, attended: Callable[[], Tensor], gradient: Tensor) -> Tensor:
+        """That of the heads; ``attended`` gives what was found."""
         parts, sums = seen
         found = _flash_gradient(
             gradient.transpose(1, 2), *parts, attended().transpose(1, 2), sums, 0.0, True, scale=self.scale
@@ -88,6 +91,7 @@ class Products:
         self.mask = causal.repeat(self.group, 1)
 
     def __call__(self, heads: Tensor) -> tuple[Tensor, Any]:
+        """Of heads (sequences, longest, queries + keys + values, size), (sequences, longest, queries, size)."""
         queries = self.keys * self.group
         query, key, value = heads.split((queries, self.keys, self.keys), 2)
         query = self._stacked(query)
@@ -96,7 +100,8 @@ class Products:
         found = torch.bmm(probs, value).unflatten(0, (-1, self.keys)).unflatten(2, (self.group, -1))
         return found.permute(0, 3, 1, 2, 4).flatten(2, 3), (query, key, value, probs)
 
-    def gradient(self, seen: Any, attended: Any, gradient: Tensor) -> Tensor:
+    def gradient(self, seen: Any, attended: Callable[[], Tensor], gradient: Tensor) -> Tensor:
+        """That of the heads."""
         query, key, value, probs = seen
         of_found = self._stacked(gradient)
         of_scores = torch._softmax_backward_data(of_found.bmm(value.mT), probs, -1, probs.dtype).mul_(self.scale)
