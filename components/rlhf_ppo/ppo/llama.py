@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
-from rlhf_ppo.ppo.attention import PackedAttention
+from rlhf_ppo.ppo.attention import Flash, Products, attention_of
 from rlhf_ppo.ppo.cpu import product_of
 from rlhf_ppo.ppo.gradients import Gradients
 from rlhf_ppo.ppo.packing import AGREEMENT, Layout
@@ -62,7 +62,7 @@ class Tape:
 
     ids: Tensor
     index: Tensor
-    attention: PackedAttention
+    attention: Flash | Products
     turns: tuple[Tensor, Tensor]
     first: int
     layers: list[Kept] = field(default_factory=list)
@@ -105,12 +105,12 @@ class Llama:
         tape = Tape(ids, index, attention, turns, self._first()) if keep else None
         states = self.embedded(ids)
         for number, layer in enumerate(self.layers):
-            states, kept = self.through(layer, states, turns, attention)
+            states, kept = self.through(layer, states, turns, attention, index if layer is self.layers[-1] else None)
             if tape is not None and number >= tape.first:
                 tape.layers.append(kept)
             # What is not kept is free before the next layer.
             del kept
-        last = _normed(states.index_select(1, index), self.norm)
+        last = _normed(states, self.norm)
         if tape is not None:
             tape.last = last
         return last.states, tape
@@ -120,9 +120,9 @@ class Llama:
         found = product_of(hidden.t().contiguous(), self.head)
         return found if temperature == 1.0 else found.div_(temperature)
 
-    def attention(self, layout: Layout) -> PackedAttention:
+    def attention(self, layout: Layout) -> Flash | Products:
         """That of sequences that stand end to end."""
-        return PackedAttention(self.queries, self.keys, self.scale, layout, _filled(len(layout.kept)))
+        return attention_of(layout, _filled(len(layout.kept)), self.queries, self.keys, self.scale)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The first states (hidden, columns) of ``ids`` (tokens,), and of columns more, of which nothing comes."""
@@ -137,9 +137,14 @@ class Llama:
         return cosines[0, :, None], signed[:, None]
 
     def through(
-        self, layer: _Layer, states: Tensor, turns: tuple[Tensor, Tensor], attention: Attention
+        self,
+        layer: _Layer,
+        states: Tensor,
+        turns: tuple[Tensor, Tensor],
+        attention: Attention,
+        index: Tensor | None = None,
     ) -> tuple[Tensor, Kept]:
-        """``states`` (hidden, tokens) after ``layer``."""
+        """``states`` (hidden, tokens) after ``layer``; or only those of the columns ``index`` (n,)."""
         before = _normed(states, layer.norm)
         flat = states.new_empty(states.shape[1], layer.width)
         for columns, weight, bias in layer.projections:
@@ -151,7 +156,10 @@ class Llama:
         swapped = turned.roll(self.size // 2, -1)
         turned.mul_(turns[0]).addcmul_(swapped, turns[1])
         attended, saw = attention(heads)
-        middle = torch.addmm(states, layer.out, attended.t())
+        here = attended
+        if index is not None:
+            states, here = states.index_select(1, index), attended.index_select(0, index)
+        middle = torch.addmm(states, layer.out, here.t())
         after = _normed(middle, layer.norm_after)
         gate, up = layer.gate @ after.states, layer.up @ after.states
         active = silu(gate)
@@ -173,8 +181,7 @@ class Llama:
     def learn(self, tape: Tape, gradient: Tensor, gradients: Gradients) -> None:
         """Put what the weights have of ``gradient`` (hidden, n), that of the hidden states, into ``gradients``."""
         assert tape.last is not None
-        chosen = _norm_gradient(tape.last, self.norm, gradient, None, gradients)
-        states = chosen.new_zeros(len(chosen), _filled(len(tape.ids))).index_copy_(1, tape.index, chosen)
+        states = _norm_gradient(tape.last, self.norm, gradient, None, gradients)
         for layer in reversed(self.layers[tape.first :]):
             states = self._layer_gradient(layer, tape.layers.pop(), tape, states, gradients)
         states = states[:, : len(tape.ids)]
@@ -193,8 +200,14 @@ class Llama:
         of_normed = (layer.gate.t() @ of_gate).addmm_(layer.up.t(), of_up)
         of_middle = _norm_gradient(kept.after, layer.norm_after, of_normed, gradient, gradients)
         # 2. The attention's
-        gradients.add_products(kept.attended.t(), [(layer.out, of_middle)])
-        of_attended = (layer.out.t() @ of_middle).t().contiguous()
+        chosen = tape.index if layer is self.layers[-1] else None
+        here = kept.attended if chosen is None else kept.attended.index_select(0, chosen)
+        gradients.add_products(here.t(), [(layer.out, of_middle)])
+        of_attended = of_middle.t() @ layer.out
+        if chosen is not None:
+            columns = kept.before.states.shape[1]
+            of_attended = of_attended.new_zeros(columns, of_attended.shape[1]).index_copy_(0, chosen, of_attended)
+            of_middle = of_middle.new_zeros(len(of_middle), columns).index_copy_(1, chosen, of_middle)
         heads = tape.attention.gradient(kept.saw, kept.attended, of_attended)
         turned = heads[:, : self.queries + self.keys]
         swapped = turned.roll(self.size // 2, -1)
@@ -234,15 +247,15 @@ class Decoder:
         """Last hidden states (hidden, rows) at the ends of the queries."""
         model, turns = self.model, self.model.turns(self.layout.positions)
         states, packed = model.embedded(self.ids), model.attention(self.layout)
+        ends = torch.tensor(self.layout.starts) + self.seen - 1
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Any]:
                 memory.flatten(0, 1).index_copy_(0, self.places, heads[: len(self.ids), model.queries :])
                 return packed(heads)
 
-            states, _ = model.through(layer, states, turns, attend)
-        ends = torch.tensor(self.layout.starts) + self.seen - 1
-        return _normed(states.index_select(1, ends), model.norm).states
+            states, _ = model.through(layer, states, turns, attend, ends if layer is model.layers[-1] else None)
+        return _normed(states, model.norm).states
 
     def next(self, tokens: Tensor) -> Tensor:
         """Last hidden states (hidden, rows) after ``tokens`` (rows,)."""

@@ -82,8 +82,9 @@ class Sequences:
             check_lengths(query_lengths, lengths, padding)
             tokens, lengths = pad_rows(responses, 0, padding.response).flatten(), [padding.response] * len(responses)
         if packed and padding is None and decoder_start is None:
-            layout = Layout.of([query + response for query, response in zip(query_lengths, lengths, strict=True)])
-            ids = torch.cat([part for pair in zip(queries, responses, strict=True) for part in pair])[None]
+            # Nothing comes after a response's last token.
+            read = [torch.cat([query, response[:-1]]) for query, response in zip(queries, responses, strict=True)]
+            layout, ids = Layout.of([len(row) for row in read]), torch.cat(read)[None]
             starts = [start + query - 1 for start, query in zip(layout.starts, query_lengths, strict=True)]
             return cls(ids, _runs(starts, lengths), tokens, layout=layout)
         if decoder_start is None:
