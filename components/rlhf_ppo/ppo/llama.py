@@ -27,7 +27,7 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings that don't depend on how long a text is."""
 
 WIDTH = 8
-"""Columns come in multiples of that: a product by MKL can take longer for a few columns less."""
+"""Columns come in multiples of that, two at least: a product by MKL takes longer for fewer, but for a single one."""
 
 _silu_gradient = torch.ops.aten.silu_backward
 
@@ -285,7 +285,7 @@ class Decoder:
 
 def _filled(tokens: int) -> int:
     """How many columns that many tokens have."""
-    return tokens if tokens <= WIDTH // 2 else 2 * WIDTH if WIDTH < tokens < 2 * WIDTH else -(-tokens // WIDTH) * WIDTH
+    return tokens if tokens == 1 else max(-(-tokens // WIDTH) * WIDTH, 2 * WIDTH)
 
 
 def _fill(rows: Tensor) -> Tensor:
