@@ -190,6 +190,33 @@ def test_a_checkpoint_is_left_out_while_the_one_before_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001-000000", "step-00000003-000000"]
 
 
+def test_the_memory_of_a_copy_is_kept_but_never_written_over_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch as files
+
+    go, save_file = threading.Event(), files.save_file
+    places: list[int] = []
+
+    def slowly(tensors: dict[str, torch.Tensor], file: str) -> None:
+        places.append(tensors["/weights"].data_ptr())
+        go.wait(60)
+        save_file(tensors, file)
+
+    monkeypatch.setattr(files, "save_file", slowly)
+    store, weights = CheckpointStore(tmp_path, {}, 9), torch.ones(1000)
+    assert store.save("step-00000001-000000", {"weights": weights})
+    weights += 1
+    threading.Timer(0.2, go.set).start()
+    assert store.save("step-00000002-000000", {"weights": weights}, wait=True)
+    weights += 1
+    assert store.save("step-00000003-000000", {"weights": weights, "another": torch.ones(3)}, wait=True)
+    assert store.save("step-00000004-000000", {"weights": weights[:10]}, wait=True)
+    assert places[0] == places[1] == places[2] != places[3]
+    for number, value in enumerate((1, 2, 3, 3), 1):
+        assert bool((store.read(f"step-{number:08}-000000")["weights"] == value).all())
+
+
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_ppo.checkpoint.FORMAT", 99)
     CheckpointStore(tmp_path, {}, 2).save("step-00000001-000000", {}, wait=True)

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class CheckpointStore:
         self.process, self.parts = process, parts
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[bool] | None = None
+        # Copies of the tensors. Memory that is fresh takes ten times as long to fill as the one before does.
+        self._copies: dict[str, Tensor] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -65,13 +68,17 @@ class CheckpointStore:
     def save(self, name: str, state: Tree, *, wait: bool = False) -> bool:
         """Write ``state`` as ``name``; names sort by age. Returns whether it is, or will be, written.
 
-        The state is copied at once and may change afterwards. Without ``wait`` nothing is written while an earlier one
-        still is. A failure is told, and raised only with ``wait``. Processes other than the first write their part.
+        The state is copied at once and may change afterwards; the memory of the copy is kept for the next. Without
+        ``wait`` nothing is written while an earlier one still is. A failure is told, and raised only with ``wait``.
+        Processes other than the first write their part.
         """
         if self.busy and not wait:
             emit("checkpoint_left_out", name=name, reason="the one before is still being written")
             return False
-        tree, tensors, own = _flattened(state)
+        if self._writing is not None:
+            futures.wait([self._writing])
+        tree, tensors, own = _flattened(state, self._copies)
+        self._copies = {**tensors, **own}
         if self.process == 0:
             self._writing = self._writer.submit(self._write, name, tree, tensors, own, wait)
         else:
@@ -288,9 +295,9 @@ def _versions() -> dict[str, str]:
     return {"rlhf_ppo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _flattened(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+def _flattened(tree: Any, copies: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
     """``tree`` as JSON, and copies of its tensors on the CPU by their path in it: of whole ones, and of spread ones'
-    parts that are here.
+    parts that are here. Earlier ``copies`` that fit are written over.
     """
     tensors: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
@@ -298,7 +305,7 @@ def _flattened(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor], dict[
     def flatten(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
             into = parts if isinstance(value, DTensor) else tensors
-            into[path] = local(value.detach()).to("cpu", copy=True).contiguous()
+            into[path] = _copied(local(value.detach()), copies.get(path))
             return {"tensor": path}
         if isinstance(value, Mapping):
             return {"dict": [[key, flatten(inner, f"{path}/{key}")] for key, inner in value.items()]}
@@ -310,7 +317,14 @@ def _flattened(tree: Any, path: str = "") -> tuple[Any, dict[str, Tensor], dict[
             return value
         raise TypeError(f"{path}: {type(value).__name__} can't be kept in a checkpoint")
 
-    return flatten(tree, path), tensors, parts
+    return flatten(tree, ""), tensors, parts
+
+
+def _copied(value: Tensor, into: Tensor | None) -> Tensor:
+    """A copy on the CPU; ``into``, where that fits."""
+    if into is None or into.shape != value.shape or into.dtype != value.dtype:
+        into = torch.empty(value.shape, dtype=value.dtype)
+    return into.copy_(value)
 
 
 def _unflattened(value: Any, tensors: Mapping[str, Tensor]) -> Any:
