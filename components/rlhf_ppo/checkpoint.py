@@ -52,7 +52,7 @@ class CheckpointStore:
         self.process, self.parts = process, parts
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[bool] | None = None
-        # Copies of the tensors. Memory that is fresh takes ten times as long to fill as the one before does.
+        # Copies of the tensors. Fresh memory takes several times as long to fill (docs/performance.md).
         self._copies: dict[str, Tensor] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
