@@ -67,20 +67,27 @@ def softmax_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Each sum over the vocabulary is one of torch's that loses little: in fp32 log_softmax and einsum are off by ten
     times as much. A CPU takes as many rows at a time as stay in its cache.
     """
-    rows = max(AT_ONCE // logits.shape[-1], 1) if logits.device.type == "cpu" else max(len(logits), 1)
-    whole, parts = torch.empty_like(logits), []
-    for given, probs, chosen in zip(logits.split(rows), whole.split(rows), tokens.split(rows), strict=True):
-        shifted = given - given.amax(-1, keepdim=True)
-        torch.exp(shifted, out=probs)
-        sums = probs.sum(-1, keepdim=True)
-        logsumexp = sums.log().squeeze(-1)
-        logprobs = shifted.gather(-1, chosen[:, None]).squeeze(-1) - logsumexp
-        probs.div_(sums)
-        # entropy = logsumexp - E[logits]; entries of -inf have probability 0 and count nothing
-        shifted.clamp_(min=torch.finfo(shifted.dtype).min)
-        parts.append((logprobs, logsumexp - torch.linalg.vecdot(probs, shifted)))
-    logprobs, entropies = (torch.cat(found) for found in zip(*parts, strict=True))
+    rows = max(AT_ONCE // logits.shape[-1], 1)
+    if logits.device.type != "cpu" or len(logits) <= rows:
+        return _softmax_of(logits, tokens)
+    whole = torch.empty_like(logits)
+    parts = zip(logits.split(rows), tokens.split(rows), whole.split(rows), strict=True)
+    found = [_softmax_of(*part)[:2] for part in parts]
+    logprobs, entropies = (torch.cat(of_rows) for of_rows in zip(*found, strict=True))
     return logprobs, entropies, whole
+
+
+def _softmax_of(logits: Tensor, tokens: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``softmax_of``, all at once; probabilities go ``into`` that."""
+    shifted = logits - logits.amax(-1, keepdim=True)
+    probs = torch.exp(shifted, out=into)
+    sums = probs.sum(-1, keepdim=True)
+    logsumexp = sums.log().squeeze(-1)
+    logprobs = shifted.gather(-1, tokens[:, None]).squeeze(-1) - logsumexp
+    probs.div_(sums)
+    # entropy = logsumexp - E[logits]; entries of -inf have probability 0 and count nothing
+    shifted.clamp_(min=torch.finfo(shifted.dtype).min)
+    return logprobs, logsumexp - torch.linalg.vecdot(probs, shifted), probs
 
 
 def logits_gradient(gradient: Tensor, probs: Tensor, tokens: Tensor) -> Tensor:
