@@ -73,7 +73,12 @@ class Gradients:
                 parameter.grad[part] += gradient
 
         with torch.no_grad():
-            share(self.parameters, add, 1 if self.small else None)
+            if not self.small:
+                share(self.parameters, add)
+                return
+            # Threads would wait for each other longer than they compute: each operation has all cores.
+            for parameter in self.parameters:
+                add(parameter)
 
     def _of(self, parameter: Tensor, part: slice) -> Tensor:
         """The gradient of the rows ``part`` of ``parameter``."""

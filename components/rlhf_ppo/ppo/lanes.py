@@ -18,9 +18,8 @@ import torch
 Job = TypeVar("Job")
 
 
-def share(jobs: Iterable[Job], function: Callable[[Job], None], most: int | None = None) -> None:
-    """Call ``function`` with each of ``jobs``, without gradients, on as many threads as torch may use; or with ``most``
-    of 1 on this thread alone, whose operations then have all cores.
+def share(jobs: Iterable[Job], function: Callable[[Job], None]) -> None:
+    """Call ``function`` with each of ``jobs``, without gradients, on as many threads as torch may use.
 
     A thread takes the next job as soon as it is free, so that the large ones should come first.
     """
@@ -35,7 +34,7 @@ def share(jobs: Iterable[Job], function: Callable[[Job], None], most: int | None
                 return
             function(job)
 
-    if threads == 1 or most == 1:
+    if threads == 1:
         work()
         return
     for future in [_lanes(threads).submit(work) for _ in range(threads)]:
