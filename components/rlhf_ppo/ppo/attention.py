@@ -13,128 +13,164 @@ from torch import Tensor
 
 from rlhf_ppo.ppo.packing import Layout
 
-SHORT = 48
-"""Tokens of a sequence up to which three plain products are faster than torch's kernel, which is made for long ones."""
+SHORT = 128
+"""Tokens of a sequence up to which three plain products are faster than torch's kernel, which is made for long ones.
+
+They keep what each query has for each key, which is little next to the rest for so few.
+"""
+ALIKE = 0.8
+"""The part of a group's longest sequence that each of its others has at least."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def attention_of(layout: Layout, columns: int, queries: int, keys: int, scale: float) -> Flash | Products:
-    """The attention of ``queries`` heads to ``keys`` heads that is the faster one for the sequences of ``layout``."""
-    kind = Products if max(layout.lengths) <= SHORT else Flash
-    return kind(layout, columns, queries, keys, scale)
+class Attention:
+    """The attention of ``queries`` heads to ``keys`` heads, for each group of sequences of about the same length.
+
+    The heads of all groups are brought together, and what they found is brought back, in one go.
+    """
+
+    def __init__(self, layout: Layout, columns: int, queries: int, keys: int, scale: float) -> None:
+        self.columns, self.queries, self.heads = columns, queries, queries + 2 * keys
+        self.groups: list[Products | Flash] = []
+        self.sizes: list[int] = []
+        places, found_places = [], []
+        for sequences in alike(layout.lengths):
+            lengths = torch.tensor([layout.lengths[number] for number in sequences])
+            starts = torch.tensor([layout.starts[number] for number in sequences])
+            shape = len(sequences), int(lengths.max()), queries, keys, scale
+            self.groups.append(Products(*shape) if shape[1] <= SHORT else Flash(*shape))
+            # (sequences, 1, longest): the tokens, and -1 for padding
+            positions = torch.arange(shape[1])
+            tokens = torch.where(positions < lengths[:, None], starts[:, None] + positions, -1)[:, None]
+            for first, count in ((0, queries), (queries, keys), (queries + keys, keys)):
+                places.append(_places(tokens, self.heads, first, count))
+                self.sizes.append(len(places[-1]))
+            found_places.append(_places(tokens, queries, 0, queries))
+        tokens_of_all = sum(layout.lengths)
+        self.apart, self.together = _both_ways(torch.cat(places), tokens_of_all * self.heads)
+        found_apart = torch.cat(found_places)
+        self.found_apart, self.found_together = _both_ways(found_apart, tokens_of_all * queries)
+        # What padding finds is not read, and nobody learns from it.
+        padded = (found_apart < 0)[:, None]
+        self.real = (~padded).float() if bool(padded.any()) else None
+
+    def __call__(self, heads: Tensor) -> tuple[Tensor, Any]:
+        """What the queries found, (columns, queries * size), and what ``gradient`` needs."""
+        size = heads.shape[-1]
+        parts = self._of_groups(heads.view(-1, size).index_select(0, self.apart))
+        found = heads.new_empty(len(self.found_apart), size)
+        saw = [group.attend(*of, into) for group, of, into in zip(self.groups, parts, self._split(found), strict=True)]
+        return _chosen(found, self.found_together, self.columns * self.queries).view(self.columns, -1), saw
+
+    def gradient(self, saw: Any, attended: Tensor, gradient: Tensor) -> Tensor:
+        """That of the heads from that of ``attended``."""
+        size = gradient.shape[1] // self.queries
+        of_found = gradient.view(-1, size).index_select(0, self.found_apart)
+        if self.real is not None:
+            of_found.mul_(self.real)
+        found = [None] * len(self.groups)
+        if any(isinstance(group, Flash) for group in self.groups):
+            found = self._split(attended.view(-1, size).index_select(0, self.found_apart))
+        of_heads = gradient.new_empty(len(self.apart), size)
+        for group, *of, parts in zip(
+            self.groups, saw, found, self._split(of_found), self._of_groups(of_heads), strict=True
+        ):
+            group.gradient(*of, *parts)
+        return _chosen(of_heads, self.together, self.columns * self.heads).view(self.columns, self.heads, size)
+
+    def _split(self, found: Tensor) -> Any:
+        """The queries' rows of each group."""
+        return found.split(self.sizes[::3])
+
+    def _of_groups(self, heads: Tensor) -> Any:
+        """The rows of each group's queries, keys and values."""
+        parts = heads.split(self.sizes)
+        return [parts[first : first + 3] for first in range(0, len(parts), 3)]
+
+
+class Products:
+    """Scores, their softmax, and values: each one product for all sequences and heads of a group."""
+
+    def __init__(self, sequences: int, longest: int, queries: int, keys: int, scale: float) -> None:
+        # Heads that share keys stand below each other.
+        self.shape = (sequences * keys, queries // keys * longest)
+        self.mask = torch.full((longest, longest), -torch.inf).triu(1).repeat(queries // keys, 1)
+        self.scale = scale
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, found: Tensor) -> Any:
+        """Write what rows (sequences * heads * longest, size) of queries find; returns what ``gradient`` needs."""
+        query, key, value = (part.view(self.shape[0], -1, part.shape[1]) for part in (query, key, value))
+        probs = torch.baddbmm(self.mask, query, key.mT, alpha=self.scale).softmax(-1)
+        torch.bmm(probs, value, out=found.view_as(query))
+        return query, key, value, probs
+
+    def gradient(
+        self, saw: Any, found: None, of_found: Tensor, of_query: Tensor, of_key: Tensor, of_value: Tensor
+    ) -> None:
+        """Write the gradients of queries, keys and values."""
+        query, key, value, probs = saw
+        of_found = of_found.view_as(query)
+        of_scores = torch._softmax_backward_data(of_found.bmm(value.mT), probs, -1, probs.dtype).mul_(self.scale)
+        torch.bmm(of_scores, key, out=of_query.view_as(query))
+        torch.bmm(of_scores.mT, query, out=of_key.view_as(key))
+        torch.bmm(probs.mT, of_found, out=of_value.view_as(value))
 
 
 class Flash:
     """torch's kernel: no scores are kept."""
 
-    def __init__(self, layout: Layout, columns: int, queries: int, keys: int, scale: float) -> None:
-        self.layout, self.columns, self.scale = layout, columns, scale
-        self.queries, self.split = queries, (queries, keys, keys)
+    def __init__(self, sequences: int, longest: int, queries: int, keys: int, scale: float) -> None:
+        self.sequences, self.longest, self.scale = sequences, longest, scale
 
-    def __call__(self, heads: Tensor) -> tuple[Tensor, Any]:
-        """What the queries found, (columns, queries * size), and what ``gradient`` needs."""
-        parts = self._apart(heads).transpose(1, 2).split(self.split, 1)
-        found, sums = _flash(*parts, 0.0, True, scale=self.scale)
-        return self._together(found).flatten(1), (parts, sums)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, found: Tensor) -> Any:
+        """Write what rows (sequences * heads * longest, size) of queries find; returns what ``gradient`` needs."""
+        parts = [self._whole(part) for part in (query, key, value)]
+        attended, sums = _flash(*parts, 0.0, True, scale=self.scale)
+        self._whole(found).copy_(attended)
+        return parts, sums
 
-    def gradient(self, seen: Any, attended: Tensor, gradient: Tensor) -> Tensor:
-        """That of the heads from that of ``attended``. No token attends to padding, whose own gradient is zero."""
-        parts, sums = seen
-        tokens, found = len(self.layout.kept), self._apart(attended.unflatten(1, (self.queries, -1)))
-        of_found = gradient.new_zeros(len(self.layout.padded), gradient.shape[1])
-        of_found.index_copy_(0, self.layout.kept, gradient[:tokens])
+    def gradient(
+        self, saw: Any, found: Tensor, of_found: Tensor, of_query: Tensor, of_key: Tensor, of_value: Tensor
+    ) -> None:
+        """Write the gradients of queries, keys and values."""
+        parts, sums = saw
         of_parts = _flash_gradient(
-            of_found.view_as(found).transpose(1, 2), *parts, found.transpose(1, 2), sums, 0.0, True, scale=self.scale
+            self._whole(of_found), *parts, self._whole(found), sums, 0.0, True, scale=self.scale
         )
-        return self._together(torch.cat(of_parts, 1))
+        for into, part in zip((of_query, of_key, of_value), of_parts, strict=True):
+            self._whole(into).copy_(part)
 
-    def _apart(self, rows: Tensor) -> Tensor:
-        """(sequences, longest, n, size) of rows (columns, n, size)."""
-        whole = rows.index_select(0, self.layout.padded)
-        return whole.unflatten(0, (len(self.layout.lengths), -1))
-
-    def _together(self, whole: Tensor) -> Tensor:
-        """The other way round, of (sequences, n, longest, size)."""
-        rows = whole.transpose(1, 2).flatten(0, 1)
-        return _chosen(rows, self.layout.kept, rows.new_empty(self.columns, *rows.shape[1:]))
+    def _whole(self, rows: Tensor) -> Tensor:
+        return rows.view(self.sequences, -1, self.longest, rows.shape[1])
 
 
-class Products:
-    """Scores, their softmax, and values: each one product for all sequences and heads."""
-
-    def __init__(self, layout: Layout, columns: int, queries: int, keys: int, scale: float) -> None:
-        self.columns, self.heads, self.keys, self.scale = columns, queries + 2 * keys, keys, scale
-        sequences, longest = len(layout.lengths), max(layout.lengths)
-        # Heads that share keys stand below each other.
-        self.shape = (sequences * keys, queries // keys * longest)
-        causal = torch.full((longest, longest), -torch.inf).triu(1)
-        self.mask = causal.repeat(queries // keys, 1)
-        # Where the queries' rows of each sequence lie among those of the heads, the keys' and the values'; and back.
-        self.sizes = [sequences * n * longest for n in (queries, keys, keys)]
-        self.apart = torch.cat([_places(layout, self.heads, *part) for part in _split(queries, keys)])
-        self.found_apart = _places(layout, queries, 0, queries)
-        self.found_together = _way_back(layout, [queries])
-        self.together = _way_back(layout, [queries, keys, keys])
-        # Padding finds nothing, and nobody learns from it.
-        self.real: Tensor | None = None
-        if layout.ragged:
-            real = torch.zeros(len(layout.padded)).index_fill_(0, layout.kept, 1.0).view(sequences, 1, 1, longest)
-            self.real = real.expand(-1, keys, queries // keys, -1).reshape(*self.shape, 1)
-
-    def __call__(self, heads: Tensor) -> tuple[Tensor, Any]:
-        """What the queries found, (columns, queries * size), and what ``gradient`` needs."""
-        size = heads.shape[-1]
-        parts = heads.view(-1, size).index_select(0, self.apart).split(self.sizes)
-        query, key, value = (part.view(self.shape[0], -1, size) for part in parts)
-        probs = torch.baddbmm(self.mask, query, key.mT, alpha=self.scale).softmax(-1)
-        if self.real is not None:
-            probs.mul_(self.real)
-        found = torch.bmm(probs, value).view(-1, size)
-        attended = _chosen(
-            found, self.found_together, found.new_empty(self.columns * (self.heads - 2 * self.keys), size)
-        )
-        return attended.view(self.columns, -1), (query, key, value, probs)
-
-    def gradient(self, seen: Any, attended: Tensor, gradient: Tensor) -> Tensor:
-        """That of the heads from that of ``attended``."""
-        query, key, value, probs = seen
-        size = query.shape[-1]
-        of_found = gradient.view(-1, size).index_select(0, self.found_apart).view_as(query)
-        of_scores = torch._softmax_backward_data(of_found.bmm(value.mT), probs, -1, probs.dtype).mul_(self.scale)
-        found = gradient.new_empty(sum(self.sizes), size)
-        of_query, of_key, of_value = found.split(self.sizes)
-        torch.bmm(of_scores, key, out=of_query.view_as(query))
-        torch.bmm(of_scores.mT, query, out=of_key.view_as(key))
-        torch.bmm(probs.mT, of_found, out=of_value.view_as(value))
-        heads = _chosen(found, self.together, found.new_empty(self.columns * self.heads, size))
-        return heads.view(self.columns, self.heads, size)
+def alike(lengths: list[int]) -> list[list[int]]:
+    """Numbers of sequences in groups, so that there is little padding; the longest first."""
+    groups: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if not groups or lengths[number] < ALIKE * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(number)
+    return groups
 
 
-def _chosen(rows: Tensor, places: Tensor, into: Tensor) -> Tensor:
-    """``into``, that begins with those of ``rows`` that ``places`` names and ends with zeros."""
-    torch.index_select(rows, 0, places, out=into[: len(places)])
-    into[len(places) :] = 0
-    return into
+def _places(tokens: Tensor, heads: int, first: int, count: int) -> Tensor:
+    """(sequences * count * longest,): where heads ``first`` and on lie among (tokens * heads) rows; -1 for padding."""
+    return torch.where(tokens < 0, -1, tokens * heads + first + torch.arange(count)[:, None]).flatten()
 
 
-def _split(queries: int, keys: int) -> list[tuple[int, int]]:
-    """First head and number of heads of queries, keys and values."""
-    return [(0, queries), (queries, keys), (queries + keys, keys)]
+def _both_ways(places: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """``places``, the first one for padding, and the way back: where each of ``rows`` stands among them."""
+    real = (places >= 0).nonzero().squeeze(1)
+    back = real.new_empty(rows).index_copy_(0, places[real], real)
+    return places.clamp(min=0), back
 
 
-def _places(layout: Layout, heads: int, first: int, count: int) -> Tensor:
-    """(sequences * count * longest,): where heads ``first`` and on lie among (tokens * heads) rows."""
-    padded = layout.padded.view(len(layout.lengths), 1, -1)
-    return (padded * heads + first + torch.arange(count)[:, None]).flatten()
-
-
-def _way_back(layout: Layout, counts: list[int]) -> Tensor:
-    """(tokens * heads,): where the heads of each token lie in parts of (sequences, count, longest) rows."""
-    longest, parts, first = max(layout.lengths), [], 0
-    sequence, position = layout.kept // longest, layout.kept % longest
-    for count in counts:
-        parts.append(first + (sequence[:, None] * count + torch.arange(count)) * longest + position[:, None])
-        first += len(layout.lengths) * count * longest
-    return torch.cat(parts, 1).flatten()
+def _chosen(rows: Tensor, places: Tensor, count: int) -> Tensor:
+    """``count`` rows: those that ``places`` names, and zeros."""
+    found = rows.new_empty(count, rows.shape[1])
+    torch.index_select(rows, 0, places, out=found[: len(places)])
+    found[len(places) :] = 0
+    return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
-from rlhf_ppo.ppo.attention import Flash, Products, attention_of
+from rlhf_ppo.ppo.attention import Attention
 from rlhf_ppo.ppo.cpu import product_of
 from rlhf_ppo.ppo.gradients import Gradients
 from rlhf_ppo.ppo.packing import AGREEMENT, Layout
@@ -31,7 +31,7 @@ WIDTH = 8
 
 _silu_gradient = torch.ops.aten.silu_backward
 
-Attention = Callable[[Tensor], tuple[Tensor, Any]]
+Attend = Callable[[Tensor], tuple[Tensor, Any]]
 """Heads (tokens, queries + keys + values, size) to (tokens, queries * size), and what its gradient needs."""
 
 
@@ -62,7 +62,7 @@ class Tape:
 
     ids: Tensor
     index: Tensor
-    attention: Flash | Products
+    attention: Attention
     turns: tuple[Tensor, Tensor]
     first: int
     layers: list[Kept] = field(default_factory=list)
@@ -120,9 +120,9 @@ class Llama:
         found = product_of(hidden.t().contiguous(), self.head)
         return found if temperature == 1.0 else found.div_(temperature)
 
-    def attention(self, layout: Layout) -> Flash | Products:
+    def attention(self, layout: Layout) -> Attention:
         """That of sequences that stand end to end."""
-        return attention_of(layout, _filled(len(layout.kept)), self.queries, self.keys, self.scale)
+        return Attention(layout, _filled(len(layout.kept)), self.queries, self.keys, self.scale)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The first states (hidden, columns) of ``ids`` (tokens,), and of columns more, of which nothing comes."""
@@ -141,7 +141,7 @@ class Llama:
         layer: _Layer,
         states: Tensor,
         turns: tuple[Tensor, Tensor],
-        attention: Attention,
+        attention: Attend,
         index: Tensor | None = None,
     ) -> tuple[Tensor, Kept]:
         """``states`` (hidden, tokens) after ``layer``; or only those of the columns ``index`` (n,)."""
