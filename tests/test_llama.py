@@ -104,6 +104,7 @@ def by_hand(policy: PolicyWithValueHead, sequences: Sequences, temperature: floa
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
     """Attention of short sequences, or of long ones, for all."""
     monkeypatch.setattr(attention, "SHORT", 1000 if request.param == "short" else 0)
+    monkeypatch.setattr(attention, "WORTH", 1)
     return {"short": attention.Products, "long": attention.Flash}[request.param]
 
 
@@ -130,6 +131,13 @@ def test_what_is_written_out_says_and_learns_what_autograd_finds(
     for part, value in expected.items():
         assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
         assert bool((value != 0).any()), part
+
+
+def test_sequences_attend_beside_those_of_about_their_length_where_that_saves_more_than_it_costs() -> None:
+    assert attention.alike([60, 101, 62, 84], 9) == [[1, 3], [2, 0]]
+    assert attention.alike([28, 40, 31, 36], 4) == [[1, 3, 2, 0]]
+    assert attention.alike([500, 10, 490, 10], 1) == [[0, 2], [1, 3]]
+    assert attention.alike([7], 9) == [[0]]
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -4,7 +4,8 @@
 
 Both have the same model, prompts, lengths of responses, minibatches, passes and orders of rows, in fp32 on two threads;
 they take turns, and each is a process of its own, so that its peak memory is its own. First both do the same step on
-the same responses, and losses, statistics and gradients are compared. Ratios are medians over pairs.
+the same responses, and losses, statistics and gradients are compared, the latter also with those of TRL's step in fp64.
+Ratios are medians over pairs.
 """
 
 from __future__ import annotations
@@ -91,18 +92,22 @@ def write_value_head(model: Path, exchange: Path) -> None:
     )
 
 
-def differences(ours: dict[str, float], trls: dict[str, float], exchange: Path) -> tuple[str, float, float]:
-    """The statistic that differs most, and by how much, relative to its size (at least 1); and the gradients."""
+def statistics_apart(ours: dict[str, float], trls: dict[str, float]) -> tuple[str, float]:
+    """The statistic that differs most, and by how much, relative to its size (at least 1)."""
     shared = [name for name in ours if name in trls and not name.startswith(NOT_COMPARED)]
     by = {name: abs(ours[name] - trls[name]) / max(abs(trls[name]), 1.0) for name in shared}
     worst = max(by, key=lambda name: by[name])
-    mine, their = (load_file(exchange / f"gradients_of_{side}.safetensors") for side in ("ours", "trl"))
-    named = {name.replace("pretrained_model.", ""): value for name, value in mine.items()}
-    other = {name.replace("pretrained_model.", ""): value for name, value in their.items()}
-    assert set(named) == set(other), sorted(set(named) ^ set(other))
-    squares = sum(float(value.double().square().sum()) for value in other.values())
-    apart = sum(float((named[name].double() - value.double()).square().sum()) for name, value in other.items())
-    return f"{worst} of {len(shared)}", by[worst], (apart / squares) ** 0.5
+    return f"{worst} of {len(shared)}", by[worst]
+
+
+def gradients_apart(one: str, other: str, exchange: Path) -> float:
+    """The norm of the difference of two sides' gradients, relative to that of the other's."""
+    found = [load_file(exchange / f"gradients_of_{side}.safetensors") for side in (one, other)]
+    mine, their = ({n.replace("pretrained_model.", ""): value for n, value in side.items()} for side in found)
+    assert set(mine) == set(their), sorted(set(mine) ^ set(their))
+    squares = sum(float(value.double().square().sum()) for value in their.values())
+    apart = sum(float((mine[name].double() - value.double()).square().sum()) for name, value in their.items())
+    return float((apart / squares) ** 0.5)
 
 
 def speed_of_this_machine() -> tuple[float, float]:
@@ -156,10 +161,16 @@ def measure(name: str, pairs: int, trl: str, model: Path, threads: int) -> dict[
         lengths = ours.ask("respond")["lengths"]
         assert lengths == [response for _, response in workload.lengths()], lengths
         checked = ours.ask("check"), theirs.ask("check")
-        found: dict[str, Any] = {"check": differences(checked[0]["stats"], checked[1]["stats"], exchange)}
         # What is measured starts anew: the check keeps gradients, which counts in the peak of memory.
         for worker in (ours, theirs):
             worker.close()
+        exact = Worker(trl, "trl_worker.py", name, model, exchange, env)
+        exact.ask("check", exact=True)
+        exact.close()
+        pairs_apart = [
+            gradients_apart(*sides, exchange) for sides in (("ours", "trl"), ("ours", "fp64"), ("trl", "fp64"))
+        ]
+        found: dict[str, Any] = {"check": [*statistics_apart(*(side["stats"] for side in checked)), *pairs_apart]}
         ours = Worker(sys.executable, "our_worker.py", name, model, exchange, env)
         theirs = Worker(trl, "trl_worker.py", name, model, exchange, env)
         rounds = []
@@ -194,9 +205,10 @@ def report(name: str, found: dict[str, Any], floor: dict[str, float]) -> None:
         )
     peaks = [max(pair[side]["peak_mb"] for pair in rounds) for side in (1, 0)]
     print(f"peak memory, MB: TRL {peaks[0]:.0f}, ours {peaks[1]:.0f}: {peaks[1] / peaks[0]:.2f} of TRL's")
-    worst, apart, gradients = found["check"]
+    worst, apart, gradients, ours_exactly, trls_exactly = found["check"]
     print(
-        f"the same step: {worst} statistics differs most, by {apart:.1e}; gradients by {gradients:.1e} of their norm",
+        f"the same step: {worst} statistics differs most, by {apart:.1e}; gradients by {gradients:.1e} of their norm\n"
+        f"from those of TRL's step in fp64 ours differ by {ours_exactly:.1e}, TRL's by {trls_exactly:.1e}",
         flush=True,
     )
 

@@ -75,9 +75,14 @@ def iterate(asked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check(_: dict[str, Any]) -> dict[str, Any]:
-    """One step on the responses that lie there: its statistics, and its first gradient as a file; with SGD, as ours."""
+def check(asked: dict[str, Any]) -> dict[str, Any]:
+    """One step on the responses that lie there: its statistics, and its first gradient as a file; with SGD, as ours.
+
+    With ``exact`` it is computed in fp64.
+    """
     in_order(0)
+    if asked.get("exact"):
+        compute_in_fp64()
     TRAINER.optimizer.optimizer = torch.optim.SGD(TRAINER.model.parameters(), CHECKED_RATE)
     responses = [row for _, row in sorted(load_file(EXCHANGE / "responses.safetensors").items())]
     step, kept = TRAINER.optimizer.step, []
@@ -85,7 +90,7 @@ def check(_: dict[str, Any]) -> dict[str, Any]:
     def keep(*given: Any, **named: Any) -> Any:
         if not kept:
             gradients = {n: p.grad.clone() for n, p in TRAINER.model.named_parameters() if p.grad is not None}
-            save_file(gradients, EXCHANGE / "gradients_of_trl.safetensors")
+            save_file(gradients, EXCHANGE / f"gradients_of_{'fp64' if asked.get('exact') else 'trl'}.safetensors")
             kept.append(True)
         return step(*given, **named)
 
@@ -93,6 +98,26 @@ def check(_: dict[str, Any]) -> dict[str, Any]:
     stats = TRAINER.step(QUERIES, responses, WORKLOAD.scores())
     TRAINER.optimizer.step = step
     return {"stats": {name: float(value) for name, value in stats.items() if numpy.ndim(value) == 0}}
+
+
+def compute_in_fp64() -> None:
+    """Models and all that comes from them in fp64, where transformers and TRL would go back to fp32.
+
+    The rotations stay the fp32 numbers that both trainers have.
+    """
+    for model in (TRAINER.model, TRAINER.ref_model):
+        model.double()
+        for module in model.modules():
+            if hasattr(module, "inv_freq"):
+                module.inv_freq = module.inv_freq.float()
+    to, single = torch.Tensor.to, torch.Tensor.float
+
+    def stay(tensor: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        back = torch.float32 in given or named.get("dtype") is torch.float32
+        return tensor if back and tensor.dtype == torch.float64 else to(tensor, *given, **named)
+
+    torch.Tensor.to = stay
+    torch.Tensor.float = lambda tensor: tensor if tensor.dtype == torch.float64 else single(tensor)
 
 
 serve({"iterate": iterate, "check": check})

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 STEP = ["-m", "kfp.dsl.executor_main"]
@@ -52,10 +52,10 @@ def can_serve() -> bool:
 @contextmanager
 def served_steps() -> Iterator[list[str]]:
     """The start of a command line that does what ``python …`` does, and that of a step sooner, while the block runs."""
-    with ExitStack() as stack:
-        place = stack.enter_context(tempfile.TemporaryDirectory())
-        if can_serve():
-            stack.enter_context(_server(place))
+    if not can_serve():
+        yield [sys.executable]
+        return
+    with tempfile.TemporaryDirectory() as place, _server(place):
         # -I and -S: the script needs none of what makes an interpreter slow to start.
         yield [sys.executable, "-I", "-S", __file__, sys.executable, place]
 

@@ -19,7 +19,9 @@ SHORT = 128
 They keep what each query has for each key, which is little next to the rest for so few.
 """
 ALIKE = 0.8
-"""The part of a group's longest sequence that each of its others has at least."""
+"""The part of a group's longest sequence that each of its others has at least, unless one more group costs more."""
+WORTH = 1 << 15
+"""Scores that have to be saved by one more group: it costs about ten operations more."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -36,7 +38,7 @@ class Attention:
         self.groups: list[Products | Flash] = []
         self.sizes: list[int] = []
         places, found_places = [], []
-        for sequences in alike(layout.lengths):
+        for sequences in alike(layout.lengths, queries):
             lengths = torch.tensor([layout.lengths[number] for number in sequences])
             starts = torch.tensor([layout.starts[number] for number in sequences])
             shape = len(sequences), int(lengths.max()), queries, keys, scale
@@ -136,9 +138,7 @@ class Flash:
     ) -> None:
         """Write the gradients of queries, keys and values."""
         parts, sums = saw
-        of_parts = _flash_gradient(
-            self._whole(of_found), *parts, self._whole(found), sums, 0.0, True, scale=self.scale
-        )
+        of_parts = _flash_gradient(self._whole(of_found), *parts, self._whole(found), sums, 0.0, True, scale=self.scale)
         for into, part in zip((of_query, of_key, of_value), of_parts, strict=True):
             self._whole(into).copy_(part)
 
@@ -146,11 +146,14 @@ class Flash:
         return rows.view(self.sequences, -1, self.longest, rows.shape[1])
 
 
-def alike(lengths: list[int]) -> list[list[int]]:
+def alike(lengths: list[int], heads: int) -> list[list[int]]:
     """Numbers of sequences in groups, so that there is little padding; the longest first."""
     groups: list[list[int]] = []
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        if not groups or lengths[number] < ALIKE * lengths[groups[-1][0]]:
+    numbers = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    for done, number in enumerate(numbers):
+        longest, length = lengths[groups[-1][0]] if groups else 0, lengths[number]
+        saved = (len(numbers) - done) * (longest**2 - length**2) * heads
+        if not groups or (length < ALIKE * longest and saved >= WORTH):
             groups.append([])
         groups[-1].append(number)
     return groups
