@@ -28,6 +28,7 @@ from rlhf_ppo.ppo.generation import draw, sample
 from rlhf_ppo.ppo.gradients import Gradients, takes
 from rlhf_ppo.ppo.llama import Llama, written_out
 from rlhf_ppo.ppo.models import shared_reference
+from rlhf_ppo.ppo.packing import Layout
 from rlhf_ppo.ppo.passes import Pass
 from rlhf_ppo.ppo.rollout import response_logprobs
 from rlhf_ppo.ppo.sequences import Sequences
@@ -138,6 +139,20 @@ def test_sequences_attend_beside_those_of_about_their_length_where_that_saves_mo
     assert attention.alike([28, 40, 31, 36], 4) == [[1, 3, 2, 0]]
     assert attention.alike([500, 10, 490, 10], 1) == [[0, 2], [1, 3]]
     assert attention.alike([7], 9) == [[0]]
+
+
+def test_long_and_short_sequences_attend_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, found = Layout.of([30, 10, 28, 9, 3]), {}
+    heads, gradient = torch.randn(88, 12, 16), torch.randn(88, 6 * 16)
+    gradient[80:] = 0
+    monkeypatch.setattr(attention, "WORTH", 1)
+    for short in (20, 1000):
+        monkeypatch.setattr(attention, "SHORT", short)
+        one = attention.Attention(layout, 88, 6, 3, 0.25)
+        attended, saw = one(heads)
+        found[len({type(group) for group in one.groups})] = attended, one.gradient(saw, attended, gradient)
+    for mixed, plain in zip(found[2], found[1], strict=True):
+        torch.testing.assert_close(mixed, plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLAIN)

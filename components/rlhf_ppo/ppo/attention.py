@@ -63,7 +63,8 @@ class Attention:
         size = heads.shape[-1]
         parts = self._of_groups(heads.view(-1, size).index_select(0, self.apart))
         found = heads.new_empty(len(self.found_apart), size)
-        saw = [group.attend(*of, into) for group, of, into in zip(self.groups, parts, self._split(found), strict=True)]
+        each = zip(self.groups, parts, self._split(found), strict=True)
+        saw = [group.attend(query, key, value, into) for group, (query, key, value), into in each]
         return _chosen(found, self.found_together, self.columns * self.queries).view(self.columns, -1), saw
 
     def gradient(self, saw: Any, attended: Tensor, gradient: Tensor) -> Tensor:
