@@ -1,6 +1,6 @@
 """From the start of the pipeline to the end of a first rollout of one token, with steps that share imports and without.
 
-    python benchmarks/start_up.py [--rounds 3]
+    python -m benchmarks.start_up [--rounds 3]
 
 The model of ``make demo``, whose inputs must be there, is made a snapshot first; the command line's own start, 0.3 s,
 does not count. The first run makes MLflow's database and doesn't count either.
