@@ -31,7 +31,7 @@ def command() -> Iterator[Command]:
 def write(place: Path, body: str) -> Command:
     """The arguments of a step whose function has that ``body``, as KFP gives them."""
     lines = "".join(f"    {line}\n" for line in body.splitlines())
-    (place / "step.py").write_text(f"import atexit, os, signal, sys, threading, time\ndef step():\n{lines}")
+    (place / "step.py").write_text(f"import atexit, gc, os, signal, sys, threading, time\ndef step():\n{lines}")
     told = json.dumps({"inputs": {}, "outputs": {"outputFile": str(place / "outputs.json")}})
     names = ["--component_module_path", str(place / "step.py"), "--function_to_execute", "step"]
     return [*STEP, *names, "--executor_input", told]
@@ -58,7 +58,8 @@ def test_a_step_finds_what_it_would_find_in_an_interpreter_of_its_own(command: C
     body = (
         "heard = [str(signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)]\n"
         "found = [os.getcwd(), os.environ['OF_STEP'], sys.argv[1:], sys.orig_argv[1:], sys.executable, sys.path,\n"
-        "         heard, sorted(os.listdir('/proc/self/fd'), key=int), 'step' in sys.modules, sys.stdin.read()]\n"
+        "         heard, sorted(os.listdir('/proc/self/fd'), key=int), 'step' in sys.modules, gc.isenabled(),\n"
+        "         sys.stdin.read()]\n"
         "print('said', file=sys.stderr)\n"
         "print('@', repr(found))\n"
     )

@@ -178,8 +178,11 @@ def build_trainer(settings: RunSettings, reference: Path, tokenizer: Any) -> PPO
     if settings.model.model_lora_r:
         task = "CAUSAL_LM" if decoder_start(trunk) is None else "SEQ_2_SEQ_LM"
         trunk = with_adapters(trunk, settings.model, task)
-    else:
+    elif algorithm.ppo_shared_layers:
         frozen = shared_reference(trunk, algorithm.ppo_shared_layers)
+    else:
+        # Sooner than a copy, for its weights are the file's, which are in memory already.
+        frozen = load_model(reference, settings.model.model_dtype)
     if algorithm.ppo_separate_critic:
         critic = load_critic(reference, settings.model.model_dtype)
         if settings.model.model_lora_r:
