@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from rlhf_ppo.ppo.attention import Attention
 from rlhf_ppo.ppo.cpu import product_of
@@ -237,16 +237,11 @@ class Decoder:
         self.layout = Layout.of(lengths.tolist())
         self.seen, self.ids = lengths, torch.cat(queries)
         missing = self.column - lengths
-        # Keys and values, rows, heads of keys, columns, size
-        shape = (2, len(queries), model.keys, self.column + room, model.size)
+        self.mask = torch.arange(self.column + room) >= missing[:, None] if bool(missing.any()) else None
+        rows = torch.arange(len(queries)).repeat_interleave(lengths)
+        self.places = rows * (self.column + room) + missing[rows] + self.layout.positions[0]
+        shape = (len(queries), self.column + room, 2 * model.keys, model.size)
         self.memory = [model.head.new_zeros(shape) for _ in model.layers]
-        # (rows, 1, columns): what scores get
-        self.mask = torch.where(torch.arange(shape[3]) >= missing[:, None], 0.0, -torch.inf)[:, None]
-        rows = torch.arange(shape[1]).repeat_interleave(lengths)
-        heads = (torch.arange(2)[:, None] * shape[1] + rows[:, None, None]) * shape[2] + torch.arange(shape[2])
-        columns = missing[rows] + self.layout.positions[0]
-        # (tokens * 2 * keys,): where each token's keys and values stand
-        self.places = (heads * shape[3] + columns[:, None, None]).flatten()
 
     def start(self) -> Tensor:
         """Last hidden states (hidden, rows) at the ends of the queries."""
@@ -256,9 +251,7 @@ class Decoder:
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Any]:
-                memory.view(-1, model.size).index_copy_(
-                    0, self.places, heads[: len(self.ids), model.queries :].flatten(0, 1)
-                )
+                memory.flatten(0, 1).index_copy_(0, self.places, heads[: len(self.ids), model.queries :])
                 return packed(heads)
 
             states, _ = model.through(layer, states, turns, attend, ends if layer is model.layers[-1] else None)
@@ -269,25 +262,25 @@ class Decoder:
         model, turns = self.model, self.model.turns(self.seen[None])
         states, here, rows = model.embedded(tokens), self.column, len(tokens)
         self.seen, self.column = self.seen + 1, self.column + 1
-        mask = self.mask[:, :, : self.column].repeat_interleave(model.keys, 0)
+        mask = None if self.mask is None else self.mask[:, None, None, : self.column]
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
-                memory[:, :, :, here] = heads[:rows, model.queries :].unflatten(1, (2, -1)).transpose(0, 1)
-                keys, values = memory.flatten(1, 2)[:, :, : self.column]
-                # Heads that share keys stand below each other: (rows * keys, queries of each, size)
-                query = heads[:rows, : model.queries].reshape(len(keys), -1, model.size)
-                probs = torch.baddbmm(mask, query, keys.mT, alpha=model.scale).softmax(-1)
-                found = torch.bmm(probs, values).view(rows, -1)
-                return _fill(found), found
+                memory[:, here] = heads[:rows, model.queries :]
+                keys, values = memory[:, : self.column].transpose(1, 2).split(model.keys, 1)
+                found = scaled_dot_product_attention(
+                    heads[:rows, : model.queries, None], keys, values, mask, scale=model.scale, enable_gqa=True
+                )
+                return _fill(found.flatten(1)), found
 
             states, _ = model.through(layer, states, turns, attend)
         return _normed(states[:, :rows], model.norm).states
 
     def batch_select_indices(self, rows: Tensor) -> None:
         """Go on with ``rows`` alone."""
-        self.memory = [memory.index_select(1, rows) for memory in self.memory]
-        self.seen, self.mask = self.seen[rows], self.mask[rows]
+        self.memory = [memory.index_select(0, rows) for memory in self.memory]
+        self.seen = self.seen[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
 
 
 def _filled(tokens: int) -> int:
