@@ -181,7 +181,8 @@ def build_trainer(settings: RunSettings, reference: Path, tokenizer: Any) -> PPO
     elif algorithm.ppo_shared_layers:
         frozen = shared_reference(trunk, algorithm.ppo_shared_layers)
     else:
-        # Sooner than a copy, for its weights are the file's, which are in memory already.
+        # Sooner than a copy, for its weights are the file's, which are in memory already; what the file lacks is drawn.
+        torch.manual_seed(settings.ppo.seed)
         frozen = load_model(reference, settings.model.model_dtype)
     if algorithm.ppo_separate_critic:
         critic = load_critic(reference, settings.model.model_dtype)
