@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
@@ -179,6 +179,20 @@ def test_the_best_policy_is_the_one_that_was_scored_best(inputs: Path, monkeypat
     kept = load_file(inputs / "policy" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(kept, saved[1][1]) and not torch.equal(kept, saved[2][1])
     assert json.loads((inputs / "policy" / "training.json").read_text())["best_step"] == 1
+
+
+def test_reference_and_policy_begin_alike_also_where_the_file_lacks_weights(inputs: Path) -> None:
+    file = inputs / "reference" / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    trainer = training.build_trainer(RunSettings.from_json(config()), inputs / "reference", word_tokenizer())
+    assert trainer.reference is not None
+    of_policy, of_reference = trainer.policy.pretrained_model.state_dict(), trainer.reference.state_dict()
+    assert all(torch.equal(of_policy[name], of_reference[name]) for name in of_policy)
+    with torch.no_grad():
+        next(trainer.policy.pretrained_model.parameters()).add_(1)
+    assert not all(torch.equal(of_policy[name], of_reference[name]) for name in of_policy)
 
 
 @pytest.mark.parametrize(
