@@ -333,31 +333,36 @@ def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor
     """
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature
-    logsumexp = torch.logsumexp(logits, -1, keepdim=True)
+    largest = logits.amax(-1, keepdim=True)
+    weights = (logits - largest).exp_()
+    logsumexp = weights.sum(-1, keepdim=True).log_().add_(largest)
     if not sampling.do_sample:
         tokens = logits.argmax(-1, keepdim=True)
     else:
-        probs = torch.exp(_restricted(logits, sampling) - logsumexp)
-        tokens = _where_cumulative(probs, uniform)
+        if sampling.top_k > 0 or sampling.top_p < 1.0:
+            weights = (_restricted(logits, sampling) - largest).exp_()
+        tokens = _where_cumulative(weights, uniform)
     return tokens.squeeze(1), (logits.gather(-1, tokens) - logsumexp).squeeze(1)
 
 
-def _where_cumulative(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The first place (batch, 1) up to which the sum of ``probs`` (batch, n) exceeds its share ``uniform`` (batch,).
+def _where_cumulative(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The first place (batch, 1) up to which the sum of ``weights`` (batch, n) exceeds its share ``uniform`` (batch,).
 
     Block by block, for a sum of all places in fp64 costs more than all else here.
     """
-    rows, places = probs.shape
-    blocks = pad(probs, (0, -places % BLOCK)).view(rows, -1, BLOCK)
-    ends = blocks.sum(-1, dtype=uniform.dtype).cumsum(-1)
+    rows, places = weights.shape
+    missing = -places % BLOCK
+    blocks = (pad(weights, (0, missing)) if missing else weights).view(rows, -1, BLOCK)
+    ends = blocks.sum(-1).to(uniform.dtype).cumsum(-1)
     threshold = uniform[:, None] * ends[:, -1:]
     block = torch.searchsorted(ends, threshold, right=True).clamp(max=ends.shape[1] - 1)
     before = pad(ends, (1, 0)).gather(1, block)
-    within = before + blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=uniform.dtype)
+    here = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)]
+    within = before + here.cumsum(-1, dtype=uniform.dtype)
     # The two sums of a block round differently: beyond the last place that adds something is none.
     last = torch.searchsorted(within, within[:, -1:].contiguous())
     found = block * BLOCK + torch.minimum(torch.searchsorted(within, threshold, right=True), last)
-    return found.clamp(max=places - 1)  # where probabilities are NaN, no sum exceeds anything
+    return found.clamp(max=places - 1)  # where weights are NaN, no sum exceeds anything
 
 
 def _restricted(logits: Tensor, sampling: Sampling) -> Tensor:
