@@ -23,6 +23,9 @@ ALIKE = 0.8
 WORTH = 1 << 15
 """Scores that have to be saved by one more group: it costs about ten operations more."""
 
+HEADS, FOUND = "heads", "found"
+"""What stands group by group: queries, keys and values, and what queries found."""
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -37,26 +40,32 @@ class Attention:
         self.columns, self.queries, self.heads = columns, queries, queries + 2 * keys
         self.groups: list[Products | Flash] = []
         self.sizes: list[int] = []
-        places, found_places = [], []
-        for sequences in alike(layout.lengths, queries):
-            lengths = torch.tensor([layout.lengths[number] for number in sequences])
-            starts = torch.tensor([layout.starts[number] for number in sequences])
-            shape = len(sequences), int(lengths.max()), queries, keys, scale
-            self.groups.append(Products(*shape) if shape[1] <= SHORT else Flash(*shape))
-            # (sequences, 1, longest): the tokens, and -1 for padding
-            positions = torch.arange(shape[1])
-            tokens = torch.where(positions < lengths[:, None], starts[:, None] + positions, -1)[:, None]
-            for first, count in ((0, queries), (queries, keys), (queries + keys, keys)):
-                places.append(_places(tokens, self.heads, first, count))
-                self.sizes.append(len(places[-1]))
-            found_places.append(_places(tokens, queries, 0, queries))
-        tokens_of_all = sum(layout.lengths)
-        self.apart, self.together = _both_ways(torch.cat(places), tokens_of_all * self.heads)
-        found_apart = torch.cat(found_places)
-        self.found_apart, self.found_together = _both_ways(found_apart, tokens_of_all * queries)
+        lengths = layout.lengths
+        # Of each sequence: how far its heads are apart, and where its first queries, keys, values and finds are
+        spans, places = [0] * len(lengths), [[0] * len(lengths) for _ in range(4)]
+        ends = {HEADS: 0, FOUND: 0}
+        for sequences in alike(lengths, queries):
+            longest = lengths[sequences[0]]
+            shape = len(sequences), longest, queries, keys, scale
+            self.groups.append(Products(*shape) if longest <= SHORT else Flash(*shape))
+            for kind, (of, count) in enumerate(((HEADS, queries), (HEADS, keys), (HEADS, keys), (FOUND, queries))):
+                for number, sequence in enumerate(sequences):
+                    spans[sequence], places[kind][sequence] = longest, ends[of] + number * count * longest
+                ends[of] += len(sequences) * count * longest
+                if of == HEADS:
+                    self.sizes.append(len(sequences) * count * longest)
+        # The same of each token, (tokens, 1)
+        repeats, positions = torch.tensor(lengths), layout.positions[0]
+        span = torch.tensor(spans).repeat_interleave(repeats)[:, None]
+        query, key, value, found = (torch.tensor(places).repeat_interleave(repeats, 1) + positions)[..., None]
+        of_queries, of_keys = span * torch.arange(queries), span * torch.arange(keys)
+        self.together = torch.cat([query + of_queries, key + of_keys, value + of_keys], 1).flatten()
+        self.found_together = (found + of_queries).flatten()
+        self.apart, self.found_apart = _back(self.together, ends[HEADS]), _back(self.found_together, ends[FOUND])
         # What padding finds is not read, and nobody learns from it.
-        padded = (found_apart < 0)[:, None]
-        self.real = (~padded).float() if bool(padded.any()) else None
+        self.real: Tensor | None = None
+        if len(self.found_apart) > len(self.found_together):
+            self.real = torch.zeros(ends[FOUND], 1).index_fill_(0, self.found_together, 1)
 
     def __call__(self, heads: Tensor) -> tuple[Tensor, Any]:
         """What the queries found, (columns, queries * size), and what ``gradient`` needs."""
@@ -160,16 +169,9 @@ def alike(lengths: list[int], heads: int) -> list[list[int]]:
     return groups
 
 
-def _places(tokens: Tensor, heads: int, first: int, count: int) -> Tensor:
-    """(sequences * count * longest,): where heads ``first`` and on lie among (tokens * heads) rows; -1 for padding."""
-    return torch.where(tokens < 0, -1, tokens * heads + first + torch.arange(count)[:, None]).flatten()
-
-
-def _both_ways(places: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """``places``, the first one for padding, and the way back: where each of ``rows`` stands among them."""
-    real = (places >= 0).nonzero().squeeze(1)
-    back = real.new_empty(rows).index_copy_(0, places[real], real)
-    return places.clamp(min=0), back
+def _back(places: Tensor, count: int) -> Tensor:
+    """(count,): which of ``places`` is each; the first one where none is, which is padding."""
+    return places.new_zeros(count).index_copy_(0, places, torch.arange(len(places)))
 
 
 def _chosen(rows: Tensor, places: Tensor, count: int) -> Tensor:
