@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,6 +180,56 @@ def test_autocast_new_embeddings_and_another_precision_are_seen_after_the_trial(
     assert written_out(model) is None
 
 
+@pytest.mark.parametrize("moved", ("q_proj", "v_proj", "up_proj", "all"))
+@pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
+def test_weights_that_lie_elsewhere_than_before_are_seen(name: str, moved: str) -> None:
+    model = WRITTEN[name]()
+    first = written_out(model)
+    assert first is not None and first.is_still(model)
+    for part, parameter in model.named_parameters():
+        if moved == "all" or (moved in part and "layers.1" in part):
+            parameter.data = parameter.data + 0.1
+    again = written_out(model)
+    assert again is not None and again is not first and written_out(model) is again
+    ids, index = torch.arange(1, 9), torch.arange(8)
+    with torch.no_grad():
+        said = again.logits(again.read(ids, Layout.of([8]), index)[0])
+    torch.testing.assert_close(said, model(input_ids=ids[None]).logits[0].detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_training_goes_on_with_weights_that_were_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved() -> Any:
+        trained = trainer()
+        stepped(trained, 1)
+        for parameter in trained.policy.parameters():
+            parameter.data = parameter.data.clone()
+        return stepped(trained, 1)
+
+    found = moved()
+    for module in (generation, rollout, optimization):
+        monkeypatch.setattr(module, "written_out", lambda _: None)
+    assert_same_training(found, moved())
+
+
+def test_weights_in_one_piece_are_shared_copied_and_saved_as_any(tmp_path: Path) -> None:
+    model = WRITTEN["qwen2, biases and tied"]()
+    model.save_pretrained(tmp_path / "before")
+    reference = shared_reference(model, 1)
+    of_model, of_reference = written_out(model), written_out(reference)
+    assert of_model is not None and of_reference is not None and of_model.is_still(model)
+    shared, own = (one.projections.whole.data_ptr() == two.projections.whole.data_ptr() for one, two in zip(
+        of_model.layers, of_reference.layers, strict=True))  # fmt: skip
+    assert shared and not own
+    model.save_pretrained(tmp_path / "after")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after")]
+    assert files[0] == files[1]
+    alone = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.add_(1)
+    one, two = (each.model.layers[0].self_attn.k_proj.weight for each in (model, alone))
+    torch.testing.assert_close(one, two + 1)
+
+
 def test_layers_that_are_shared_with_the_reference_learn_nothing() -> None:
     model = llama()
     shared_reference(model, 1)
@@ -314,12 +365,12 @@ def assert_same_training(found: Any, expected: Any) -> None:
 )
 def test_training_is_that_of_autograd(changes: dict[str, Any], size: None, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = trainer(**changes)
-    assert trained.optimization._written is not None
+    assert trained.optimization._written_out() is not None
     found = stepped(trained)
     for module in (generation, rollout, optimization):
         monkeypatch.setattr(module, "written_out", lambda _: None)
     plain = trainer(**changes)
-    assert plain.optimization._written is None
+    assert plain.optimization._written_out() is None
     assert_same_training(found, stepped(plain))
     if "ratio_threshold" in changes:
         assert any(stats["ppo/policy/skipped_minibatches"] > 0 for stats in found[0])
@@ -365,9 +416,9 @@ def test_a_gradient_hook_of_the_user_s_is_called() -> None:
 
 def test_a_model_that_accelerate_or_the_user_put_in_the_policy_s_place_is_the_one_that_is_called() -> None:
     trained = trainer()
-    assert trained.optimization._written is not None
+    assert trained.optimization._written_out() is not None
     trained.optimization.model = nn.Sequential(trained.policy)
-    assert trained.optimization._written is None
+    assert trained.optimization._written_out() is None
 
 
 def test_a_scheduler_goes_on_without_a_warning(size: None) -> None:

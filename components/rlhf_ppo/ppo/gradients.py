@@ -17,6 +17,8 @@ MOST = 1 << 22
 """Numbers of a weight that is learned at once; of a larger one (embeddings) as many rows as have fewer."""
 SMALL = 1 << 18
 """Numbers of a weight whose gradient may as well be in memory."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""What Adam knows of a parameter, as torch names it."""
 
 
 class Gradients:
@@ -80,13 +82,14 @@ class Gradients:
             for parameter in self.parameters:
                 add(parameter)
 
-    def _of(self, parameter: Tensor, part: slice) -> Tensor:
-        """The gradient of the rows ``part`` of ``parameter``."""
+    def _of(self, parameter: Tensor, part: slice, into: Tensor | None = None) -> Tensor:
+        """The gradient of the rows ``part`` of ``parameter``, written ``into`` that."""
+        found = torch.empty_like(parameter[part]) if into is None else into
         if parameter in self.products:
             of_output, inputs = self.products[parameter]
-            found = of_output[part] @ inputs.t()
+            torch.mm(of_output[part], inputs.t(), out=found)
         else:
-            found = torch.zeros_like(parameter[part])
+            found.zero_()
         if parameter in self.rows:
             ids, rows = self.rows[parameter]
             here = (ids >= part.start) & (ids < part.stop)
@@ -97,11 +100,7 @@ class Gradients:
     def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """One step of ``optimizer``, of which ``takes`` is true; returns the norm of all gradients, 0-d."""
         jobs = [(parameter, part) for parameter in self.parameters for part in _parts(parameter)]
-        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-        states = {parameter: optimizer.state[parameter] for parameter in self.parameters if parameter in groups}
-        for parameter, state in states.items():
-            _begin(state, parameter)
-        torch._foreach_add_([state["step"] for state in states.values()], 1)
+        groups, states = self._begin(optimizer)
         norms = torch.zeros(len(jobs))
 
         def learn(job: tuple[int, tuple[Tensor, slice]]) -> None:
@@ -109,13 +108,47 @@ class Gradients:
             gradient = self._of(parameter, part)
             norms[number] = norm_of(gradient)
             if parameter in groups:
-                _adam(groups[parameter], states[parameter], parameter, part, gradient)
+                state = states[parameter]
+                moments = [state["exp_avg"][part]], [state["exp_avg_sq"][part]]
+                _adam(groups[parameter], [parameter[part]], [gradient], *moments, [state["step"]])
 
         # The largest last would leave the other threads without work.
         share(sorted(enumerate(jobs), key=lambda job: -job[1][0].numel()), learn)
-        # What a scheduler of torch's looks for.
-        optimizer._opt_called = True  # type: ignore[attr-defined]
         return torch.linalg.vector_norm(norms)
+
+    @torch.no_grad()
+    def step_at_once(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """``step`` with all gradients in memory, for those that are ``small``; none where the norm is not finite."""
+        parameters = self.parameters
+        whole = torch.empty(sum(parameter.numel() for parameter in parameters))
+        parts = whole.split([parameter.numel() for parameter in parameters])
+        gradients = {
+            parameter: self._of(parameter, slice(0, len(parameter)), part.view_as(parameter))
+            for parameter, part in zip(parameters, parts, strict=True)
+        }
+        norm = norm_of(whole)
+        if not bool(torch.isfinite(norm)):
+            return norm
+        groups, states = self._begin(optimizer)
+        for group in optimizer.param_groups:
+            of_group = [parameter for parameter in parameters if groups.get(parameter) is group]
+            if of_group:
+                of_states = [[states[parameter][name] for parameter in of_group] for name in MOMENTS]
+                _adam(group, of_group, [gradients[parameter] for parameter in of_group], *of_states)
+        return norm
+
+    def _begin(self, optimizer: Any) -> tuple[dict[Tensor, dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+        """The group and the state of each parameter that ``optimizer`` has; a step is counted."""
+        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        states = {parameter: optimizer.state[parameter] for parameter in self.parameters if parameter in groups}
+        for parameter, state in states.items():
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        torch._foreach_add_([state["step"] for state in states.values()], 1)
+        # What a scheduler of torch's looks for.
+        optimizer._opt_called = True
+        return groups, states
 
 
 def norm_of(matrix: Tensor) -> Tensor:
@@ -153,15 +186,16 @@ def _parts(parameter: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + at_once, rows))
 
 
-def _begin(state: dict[str, Any], parameter: Tensor) -> None:
-    if not state:
-        state["step"] = torch.zeros(())
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-
-
-def _adam(group: dict[str, Any], state: dict[str, Any], parameter: Tensor, part: slice, gradient: Tensor) -> None:
+def _adam(
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+) -> None:
     beta1, beta2 = group["betas"]
     torch._fused_adam_(
-        [parameter[part]], [gradient], [state["exp_avg"][part]], [state["exp_avg_sq"][part]], [], [state["step"]],
+        parameters, gradients, means, squares, [], steps,
         lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False,
     )  # fmt: skip

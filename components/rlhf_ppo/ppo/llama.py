@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from rlhf_ppo.ppo.attention import Attention
 from rlhf_ppo.ppo.cpu import product_of
@@ -29,7 +30,7 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")
 WIDTH = 8
 """Columns come in multiples of that, two at least: a product by MKL takes longer for fewer, but for a single one."""
 
-_silu_gradient = torch.ops.aten.silu_backward
+_silu_gradient = torch.ops.aten.silu_backward.grad_input
 
 Attend = Callable[[Tensor], tuple[Tensor, Any]]
 """Heads (tokens, queries + keys + values, size) to (tokens, queries * size), and what its gradient needs."""
@@ -51,9 +52,8 @@ class Kept:
     attended: Tensor
     saw: Any
     after: Normed
-    gate: Tensor
+    gate_and_up: Tensor
     active: Tensor
-    up: Tensor
 
 
 @dataclass
@@ -70,20 +70,52 @@ class Tape:
 
 
 class _Layer:
-    """The weights of one layer; ``projections`` are (rows among queries, keys and values, weight, bias)."""
+    """The weights of one layer. Those that read the same states lie in one piece, of which each has its ``rows``."""
 
     def __init__(self, module: Any) -> None:
         attention, mlp = module.self_attn, module.mlp
         self.norm, self.norm_after = module.input_layernorm, module.post_attention_layernorm
-        self.projections: list[tuple[slice, Tensor, Tensor | None]] = []
-        self.width = 0
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-            rows = slice(self.width, self.width + len(linear.weight))
-            self.projections.append((rows, linear.weight, linear.bias))
-            self.width = rows.stop
-        self.out = attention.o_proj.weight
-        self.gate, self.up, self.down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        self.projections = _Joined([linear.weight for linear in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        biases = [linear.bias for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.biases = None if biases[0] is None else _Joined(biases)
+        self.feed = _Joined([mlp.gate_proj.weight, mlp.up_proj.weight])
+        self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
         self.parameters = list(module.parameters())
+
+    def is_still(self) -> bool:
+        """Whether the weights lie where they lay."""
+        return all(joined.is_still() for joined in (self.projections, self.biases, self.feed) if joined is not None)
+
+
+class _Joined:
+    """Parameters below each other in one piece of memory, ``whole``: one product is faster than several small ones."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        sizes = [len(parameter) for parameter in parameters]
+        ends = list(accumulate(sizes))
+        self.rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        first = parameters[0].detach()
+        # Two models that share a layer have it in one piece already.
+        self.whole = first
+        if not self.is_still():
+            self.whole = torch.cat([parameter.detach() for parameter in parameters])
+            for parameter, rows in zip(parameters, self.rows, strict=True):
+                parameter.data = self.whole[rows]
+        self.whole = parameters[0].detach().as_strided((ends[-1], *first.shape[1:]), first.stride())
+
+    def is_still(self) -> bool:
+        """Whether the parameters lie below each other, from the beginning of ``whole`` on."""
+        place, storage = self.whole.data_ptr(), self.whole.untyped_storage().data_ptr()
+        for parameter in self.parameters:
+            if parameter.data_ptr() != place or parameter.untyped_storage().data_ptr() != storage:
+                return False
+            place += parameter.nbytes
+        return True
+
+    def parts(self, of_whole: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter with its rows of ``of_whole``."""
+        return [(parameter, of_whole[rows]) for parameter, rows in zip(self.parameters, self.rows, strict=True)]
 
 
 class Llama:
@@ -101,7 +133,7 @@ class Llama:
 
     def read(self, ids: Tensor, layout: Layout, index: Tensor, keep: bool = False) -> tuple[Tensor, Tape | None]:
         """Last hidden states (hidden, n) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
-        turns, attention = self.turns(layout.positions), self.attention(layout)
+        turns, attention = _at(self.turns(max(layout.lengths)), layout.positions[0]), self.attention(layout)
         tape = Tape(ids, index, attention, turns, self._first()) if keep else None
         states = self.embedded(ids)
         for number, layer in enumerate(self.layers):
@@ -126,12 +158,11 @@ class Llama:
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The first states (hidden, columns) of ``ids`` (tokens,), and of columns more, of which nothing comes."""
-        return self.embeddings[pad(ids, (0, _filled(len(ids)) - len(ids)))].t().contiguous()
+        return self.embeddings[_fill(ids)].t().contiguous()
 
-    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines (columns, 1, head size) of the rotations at ``positions`` (1, tokens)."""
-        tokens = positions.shape[1]
-        cosines, sines = self.rotary(self.embeddings[:1], pad(positions, (0, _filled(tokens) - tokens)))
+    def turns(self, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines (count, 1, head size) of the rotations at the first ``count`` positions."""
+        cosines, sines = self.rotary(self.embeddings[:1], torch.arange(count)[None])
         half = self.size // 2
         signed = torch.cat([-sines[0, :, :half], sines[0, :, half:]], 1)
         return cosines[0, :, None], signed[:, None]
@@ -146,12 +177,9 @@ class Llama:
     ) -> tuple[Tensor, Kept]:
         """``states`` (hidden, tokens) after ``layer``; or only those of the columns ``index`` (n,)."""
         before = _normed(states, layer.norm)
-        flat = states.new_empty(states.shape[1], layer.width)
-        for columns, weight, bias in layer.projections:
-            torch.mm(before.states.t(), weight.t(), out=flat[:, columns])
-            if bias is not None:
-                flat[:, columns] += bias
-        heads = flat.unflatten(1, (-1, self.size))
+        heads = torch.mm(before.states.t(), layer.projections.whole.t()).unflatten(1, (-1, self.size))
+        if layer.biases is not None:
+            heads += layer.biases.whole.view(-1, self.size)
         turned = heads[:, : self.queries + self.keys]
         swapped = turned.roll(self.size // 2, -1)
         turned.mul_(turns[0]).addcmul_(swapped, turns[1])
@@ -161,14 +189,16 @@ class Llama:
             states, here = states.index_select(1, index), attended.index_select(0, index)
         middle = torch.addmm(states, layer.out, here.t())
         after = _normed(middle, layer.norm_after)
-        gate, up = layer.gate @ after.states, layer.up @ after.states
+        both = layer.feed.whole @ after.states
+        gate, up = both.chunk(2)
         active = silu(gate)
         found = torch.addmm(middle, layer.down, active * up)
-        return found, Kept(before, attended, saw, after, gate, active, up)
+        return found, Kept(before, attended, saw, after, both, active)
 
     def is_still(self, model: Any) -> bool:
         """Whether ``model`` has the weights, and they the precision, that it had."""
         same = self.head is model.lm_head.weight and self.embeddings is model.model.embed_tokens.weight
+        same = same and all(layer.is_still() for layer in self.layers)
         return same and self.head.dtype == torch.float32 and self.head.device.type == "cpu"
 
     def _first(self) -> int:
@@ -192,12 +222,15 @@ class Llama:
 
     def _layer_gradient(self, layer: _Layer, kept: Kept, tape: Tape, gradient: Tensor, gradients: Gradients) -> Tensor:
         # 1. The feed-forward half
-        gradients.add_products(kept.active * kept.up, [(layer.down, gradient)])
+        gate, up = kept.gate_and_up.chunk(2)
+        gradients.add_products(kept.active * up, [(layer.down, gradient)])
         of_product = layer.down.t() @ gradient
-        of_up = kept.active.mul_(of_product)
-        of_gate = _silu_gradient(of_product.mul_(kept.up), kept.gate)
-        gradients.add_products(kept.after.states, [(layer.up, of_up), (layer.gate, of_gate)])
-        of_normed = (layer.gate.t() @ of_gate).addmm_(layer.up.t(), of_up)
+        of_active = of_product * up
+        # The gradients of gate and up take their places.
+        torch.mul(of_product, kept.active, out=up)
+        _silu_gradient(of_active, gate, grad_input=gate)
+        gradients.add_products(kept.after.states, layer.feed.parts(kept.gate_and_up))
+        of_normed = layer.feed.whole.t() @ kept.gate_and_up
         of_middle = _norm_gradient(kept.after, layer.norm_after, of_normed, gradient, gradients)
         # 2. The attention's
         chosen = tape.index if layer is self.layers[-1] else None
@@ -213,14 +246,11 @@ class Llama:
         swapped = turned.roll(self.size // 2, -1)
         turned.mul_(tape.turns[0]).addcmul_(swapped, tape.turns[1], value=-1)
         flat = heads.flatten(1).t()
-        gradients.add_products(kept.before.states, [(weight, flat[rows]) for rows, weight, _ in layer.projections])
-        of_normed = None
-        for rows, weight, bias in layer.projections:
-            factors = weight.t(), flat[rows]
-            of_normed = torch.mm(*factors) if of_normed is None else of_normed.addmm_(*factors)
-            if bias is not None:
-                gradients.add(bias, flat[rows].sum(1))
-        assert of_normed is not None
+        gradients.add_products(kept.before.states, layer.projections.parts(flat))
+        if layer.biases is not None:
+            for bias, of_bias in layer.biases.parts(flat.sum(1)):
+                gradients.add(bias, of_bias)
+        of_normed = layer.projections.whole.t() @ flat
         return _norm_gradient(kept.before, layer.norm, of_normed, of_middle, gradients)
 
 
@@ -237,15 +267,20 @@ class Decoder:
         self.layout = Layout.of(lengths.tolist())
         self.seen, self.ids = lengths, torch.cat(queries)
         missing = self.column - lengths
-        self.mask = torch.arange(self.column + room) >= missing[:, None] if bool(missing.any()) else None
+        # (rows, 1, 1, columns): what is added to scores
+        self.mask: Tensor | None = None
+        if bool(missing.any()):
+            hidden = torch.arange(self.column + room) < missing[:, None, None, None]
+            self.mask = model.head.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         rows = torch.arange(len(queries)).repeat_interleave(lengths)
         self.places = rows * (self.column + room) + missing[rows] + self.layout.positions[0]
         shape = (len(queries), self.column + room, 2 * model.keys, model.size)
         self.memory = [model.head.new_zeros(shape) for _ in model.layers]
+        self.turns = model.turns(self.column + room)
 
     def start(self) -> Tensor:
         """Last hidden states (hidden, rows) at the ends of the queries."""
-        model, turns = self.model, self.model.turns(self.layout.positions)
+        model, turns = self.model, _at(self.turns, self.layout.positions[0])
         states, packed = model.embedded(self.ids), model.attention(self.layout)
         ends = torch.tensor(self.layout.starts) + self.seen - 1
         for layer, memory in zip(model.layers, self.memory, strict=True):
@@ -259,10 +294,10 @@ class Decoder:
 
     def next(self, tokens: Tensor) -> Tensor:
         """Last hidden states (hidden, rows) after ``tokens`` (rows,)."""
-        model, turns = self.model, self.model.turns(self.seen[None])
+        model, turns = self.model, _at(self.turns, self.seen)
         states, here, rows = model.embedded(tokens), self.column, len(tokens)
         self.seen, self.column = self.seen + 1, self.column + 1
-        mask = None if self.mask is None else self.mask[:, None, None, : self.column]
+        mask = None if self.mask is None else self.mask[..., : self.column]
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
@@ -286,6 +321,12 @@ class Decoder:
 def _filled(tokens: int) -> int:
     """How many columns that many tokens have."""
     return tokens if tokens == 1 else max(-(-tokens // WIDTH) * WIDTH, 2 * WIDTH)
+
+
+def _at(turns: tuple[Tensor, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of ``turns`` at ``positions`` (tokens,), each (columns, 1, head size)."""
+    places = _fill(positions)
+    return turns[0].index_select(0, places), turns[1].index_select(0, places)
 
 
 def _fill(rows: Tensor) -> Tensor:

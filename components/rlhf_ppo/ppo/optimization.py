@@ -55,7 +55,8 @@ class Minibatches:
         of_rows = [queries[row] for row in rows], [responses[row] for row in rows]
         sequences = Sequences.of(*of_rows, None, self.decoder_start, self.packed)
         lengths = [len(responses[row]) for row in rows]
-        return sequences.to(self.device), lengths, {name: table[:, : max(lengths)] for name, table in tables.items()}
+        tables = {name: table[:, : max(lengths)] for name, table in tables.items()}
+        return sequences.to(self.device), None if min(lengths) == max(lengths) else lengths, tables
 
 
 class Optimization:
@@ -87,9 +88,8 @@ class Optimization:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.padding = padding
         self.minibatches: Minibatches | None = None
-        self.written: Llama | None = None
-        if accelerator.num_processes == 1 and padding is None and policy.critic is None and policy.packs:
-            self.written = written_out(policy.pretrained_model)
+        one, plain = accelerator.num_processes == 1, padding is None and policy.critic is None
+        self.may_be_written = one and plain and policy.packs
         self.learned: Gradients | None = None
 
     def advance(self, update: Update) -> bool:
@@ -104,9 +104,7 @@ class Optimization:
                     return False
             update.order, update.position = self._permutation(config.batch_size * world), 0
         rows = update.order[update.position : update.position + config.global_backward_batch_size]
-        # What is written out has no dropout.
-        with nullcontext() if self._written else evaluating(self.model):
-            used = self._accumulate(update, rows)
+        used = self._accumulate(update, rows)
         update.norms.append(self._apply_gradients(used))
         update.position += len(rows)
         update.optimizer_steps += 1
@@ -124,12 +122,14 @@ class Optimization:
         """Add up the gradients of the minibatches of ``rows``; returns how many counted, a 0-d tensor."""
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
         size, used = config.mini_batch_size, torch.zeros((), device=self.device)
-        minibatches = self._on_device(update.experience)
-        for start in range(0, len(rows), size * world):
-            last = start + size * world >= len(rows)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                here = start + rank * size
-                used = used + self._minibatch(update, minibatches, rows[here : here + size])
+        minibatches, written = self._on_device(update.experience), self._written_out()
+        # What is written out has no dropout.
+        with nullcontext() if written else evaluating(self.model):
+            for start in range(0, len(rows), size * world):
+                last = start + size * world >= len(rows)
+                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                    here = start + rank * size
+                    used = used + self._minibatch(update, minibatches, rows[here : here + size], written)
         return used
 
     def _on_device(self, experience: Experience) -> Minibatches:
@@ -137,11 +137,11 @@ class Optimization:
             self.minibatches = Minibatches(experience, self.padding, self.policy, self.device)
         return self.minibatches
 
-    def _minibatch(self, update: Update, minibatches: Minibatches, rows: list[int]) -> Tensor:
+    def _minibatch(self, update: Update, minibatches: Minibatches, rows: list[int], written: Llama | None) -> Tensor:
         """Add up the gradients of a minibatch, zeros where it is skipped; returns whether it counted, a 0-d tensor."""
         config = self.config
         sequences, lengths, tables = minibatches.of(rows)
-        outputs, learn = self._forward(sequences, update.temperature)
+        outputs, learn = self._forward(sequences, update.temperature, written)
         logprobs, values, entropy = (_as_rows(flat, lengths, len(rows)) for flat in outputs)
         of_policy, of_values = logprobs.requires_grad_(), values.requires_grad_()
         loss = ppo_loss(
@@ -162,7 +162,7 @@ class Optimization:
         # Each process has its part of the sum, and the processes' gradients are averaged.
         scaled = loss.total * (self.accelerator.num_processes / config.gradient_accumulation_steps)
         gradients = torch.autograd.grad(scaled, (of_policy, of_values))
-        if self._written is None or not bool(loss.skip):
+        if written is None or not bool(loss.skip):
             # An infinite ratio has infinite gradients: they are replaced, not multiplied by zero.
             chosen = [torch.where(loss.skip, 0, gradient) for gradient in gradients]
             kept = None if lengths is None else length_mask(lengths, self.device)
@@ -172,16 +172,16 @@ class Optimization:
         update.seen.append(torch.stack([*loss.stats.values(), loss.skip.float()]))
         return (~loss.skip).float()
 
-    @property
-    def _written(self) -> Llama | None:
+    def _written_out(self) -> Llama | None:
         """The policy's layers, written out; None where autograd is needed."""
-        hooked = any(parameter._backward_hooks for parameter in self.policy.parameters())
-        replaced = self.model is not self.policy
-        return None if hooked or replaced or torch.is_autocast_enabled("cpu") else self.written
+        if not self.may_be_written or self.model is not self.policy:
+            return None
+        if any(parameter._backward_hooks for parameter in self.policy.parameters()):
+            return None
+        return written_out(self.policy.pretrained_model)
 
-    def _forward(self, sequences: Sequences, temperature: float) -> tuple[list[Tensor], Learn]:
+    def _forward(self, sequences: Sequences, temperature: float, written: Llama | None) -> tuple[list[Tensor], Learn]:
         """Log-probabilities, values and entropies (n,), and what takes the gradients of the first two."""
-        written = self._written
         if written is not None:
             one = Pass(written, self.policy.v_head, sequences, temperature)
             return [one.logprobs, one.values, one.entropy], lambda *gradients: self._learn(one.learn(*gradients))
@@ -206,7 +206,9 @@ class Optimization:
         It is not taken where none did, or the gradient isn't finite.
         """
         learned, self.learned = self.learned, None
-        if learned is not None and not learned.small and bool(torch.isfinite(learned.bound())):
+        if learned is not None and learned.small:
+            return torch.stack([learned.step_at_once(self.optimizer), used])
+        if learned is not None and bool(torch.isfinite(learned.bound())):
             return torch.stack([learned.step(self.optimizer), used])
         if learned is not None:
             learned.materialize()
