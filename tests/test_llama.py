@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from rlhf_ppo.ppo import (
 from rlhf_ppo.ppo.generation import draw, sample
 from rlhf_ppo.ppo.gradients import Gradients, takes
 from rlhf_ppo.ppo.llama import Llama, written_out
-from rlhf_ppo.ppo.models import shared_reference
+from rlhf_ppo.ppo.models import load_model, shared_reference
 from rlhf_ppo.ppo.packing import Layout
 from rlhf_ppo.ppo.passes import Pass
 from rlhf_ppo.ppo.rollout import response_logprobs
@@ -228,6 +229,16 @@ def test_weights_in_one_piece_are_shared_copied_and_saved_as_any(tmp_path: Path)
         model.model.layers[0].self_attn.k_proj.weight.add_(1)
     one, two = (each.model.layers[0].self_attn.k_proj.weight for each in (model, alone))
     torch.testing.assert_close(one, two + 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process' memory")
+def test_the_file_that_weights_were_read_from_does_not_stay_in_memory(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    if str(tmp_path) not in Path("/proc/self/maps").read_text():
+        pytest.skip("this transformers reads files into memory")
+    assert written_out(model) is not None
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_layers_that_are_shared_with_the_reference_learn_nothing() -> None:

@@ -21,6 +21,7 @@ from rlhf_ppo.ppo.attention import Attention
 from rlhf_ppo.ppo.cpu import product_of
 from rlhf_ppo.ppo.gradients import Gradients
 from rlhf_ppo.ppo.packing import AGREEMENT, Layout
+from rlhf_ppo.ppo.tensors import length_mask, pad_rows
 
 KINDS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Of transformers; what their configurations may change is found out by trying (``written_out``)."""
@@ -81,6 +82,7 @@ class _Layer:
         self.feed = _Joined([mlp.gate_proj.weight, mlp.up_proj.weight])
         self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
         self.parameters = list(module.parameters())
+        self.joined = [*self.projections.parameters, *(biases if self.biases else []), *self.feed.parameters]
 
     def is_still(self) -> bool:
         """Whether the weights lie where they lay."""
@@ -128,6 +130,11 @@ class Llama:
         self.layers = [_Layer(layer) for layer in inner.layers]
         self.size, self.scale = inner.layers[0].self_attn.head_dim, inner.layers[0].self_attn.scaling
         self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
+        # A file that weights were read from stays in memory for as long as one of them lies there.
+        joined = {id(parameter) for layer in self.layers for parameter in layer.joined}
+        for parameter in model.parameters():
+            if id(parameter) not in joined:
+                parameter.data = parameter.data.clone()
 
     # 1. Forward
 
@@ -382,9 +389,10 @@ def _tried(model: Any) -> Llama | None:
     ids = torch.arange(1, 10) % len(model.model.embed_tokens.weight)
     try:
         found = Llama(model)
-        alone = [model(input_ids=row[None], use_cache=False).logits[0] for row in ids.split(layout.lengths)]
+        # Causal: what stands to the right of a text changes nothing.
+        padded = model(input_ids=pad_rows(ids.split(layout.lengths)), use_cache=False).logits
         said = found.logits(found.read(ids, layout, torch.arange(len(ids)))[0])
     except (AttributeError, RuntimeError, TypeError):
         return None
-    plain = torch.cat(alone)
+    plain = padded[length_mask(layout.lengths)]
     return found if bool((said - plain).abs().max() <= AGREEMENT[torch.float32] * plain.std()) else None
