@@ -277,10 +277,14 @@ def test_it_samples_and_scores_as_the_model_does(
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("threads", (1, 3))
+@pytest.mark.parametrize(
+    ("step", "threads"),
+    ((Gradients.step, 1), (Gradients.step, 3), (Gradients.step_at_once, 2)),
+    ids=("1", "3", "at once"),
+)
 @pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
-def test_weights_that_learn_one_at_a_time_are_those_of_torch_s_adam(
-    name: str, threads: int, monkeypatch: pytest.MonkeyPatch
+def test_weights_that_learn_one_at_a_time_or_at_once_are_those_of_torch_s_adam(
+    name: str, step: Callable[..., Tensor], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Matrices are learned in parts of a few rows.
     monkeypatch.setattr(gradients, "MOST", 300)
@@ -301,7 +305,7 @@ def test_weights_that_learn_one_at_a_time_are_those_of_torch_s_adam(
             theirs.grad, mine.grad = mine.grad, None
         norm = nn.utils.get_total_norm([p.grad for p in expected.parameters() if p.grad is not None])
         assert norm <= learned.bound() * (1 + 1e-5)
-        assert learned.step(one) == pytest.approx(float(norm), rel=1e-5)
+        assert step(learned, one) == pytest.approx(float(norm), rel=1e-5)
         two.step()
         assert not any(p.grad is not None for p in found.parameters())
     for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
