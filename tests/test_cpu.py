@@ -146,6 +146,29 @@ def test_weights_are_laid_out_anew_after_they_changed_and_not_kept() -> None:
             assert "_packed" not in vars(model.lm_head)
 
 
+@pytest.mark.parametrize(
+    ("rows", "threads", "blocks"),
+    ((96, 1, 2), (960, 2, 4), (3072, 8, 16), (6400, 2, 10), (258, 2, 6), (257, 2, 1), (34, 2, 2)),
+)
+def test_few_states_are_multiplied_block_by_block(rows: int, threads: int, blocks: int) -> None:
+    assert cpu._blocks(rows, threads) == blocks
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        weight, states = (torch.randn(n, 72, generator=generator) for n in (rows, 20))
+        whole = cpu.product_of_few(states, weight)
+        exact = (states.double() @ weight.double().t()).float()
+        torch.testing.assert_close(whole, exact, atol=2e-5, rtol=1e-5)
+        for few in (1, 2, 3, 4, 5, 15):
+            found = cpu.product_of_few(states[:few].t().contiguous().t(), weight)
+            torch.testing.assert_close(found, exact[:few], atol=2e-5, rtol=1e-5)
+            # Not by the number of others.
+            assert blocks == 1 or torch.equal(cpu.product_of_few(states[:few], weight), whole[:few])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only there")
 def test_memory_that_was_given_back_is_not_taken_from_the_kernel_again() -> None:
     script = """

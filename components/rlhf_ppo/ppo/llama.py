@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from rlhf_ppo.ppo.attention import Attention
-from rlhf_ppo.ppo.cpu import product_of
+from rlhf_ppo.ppo.cpu import LEAST_WEIGHTS, product_of, product_of_few
 from rlhf_ppo.ppo.gradients import Gradients
 from rlhf_ppo.ppo.packing import AGREEMENT, Layout
 from rlhf_ppo.ppo.tensors import length_mask, pad_rows
@@ -29,7 +29,9 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings that don't depend on how long a text is."""
 
 WIDTH = 8
-"""Columns come in multiples of that, two at least: a product by MKL takes longer for fewer, but for a single one."""
+"""Columns come in multiples of that, where there are many: a product by MKL takes no longer for them."""
+MANY = 16
+"""A weight times fewer columns takes MKL as long as times that many."""
 
 _silu_gradient = torch.ops.aten.silu_backward.grad_input
 
@@ -81,6 +83,7 @@ class _Layer:
         self.biases = None if biases[0] is None else _Joined(biases)
         self.feed = _Joined([mlp.gate_proj.weight, mlp.up_proj.weight])
         self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
+        self.weights = [self.projections.whole, self.out, self.feed.whole, self.down]
         self.parameters = list(module.parameters())
         self.joined = [*self.projections.parameters, *(biases if self.biases else []), *self.feed.parameters]
 
@@ -140,7 +143,10 @@ class Llama:
 
     def read(self, ids: Tensor, layout: Layout, index: Tensor, keep: bool = False) -> tuple[Tensor, Tape | None]:
         """Last hidden states (hidden, n) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
-        turns, attention = _at(self.turns(max(layout.lengths)), layout.positions[0]), self.attention(layout)
+        turns, attention = (
+            _at(self.turns(max(layout.lengths)), layout.positions[0], _filled(len(ids))),
+            self.attention(layout),
+        )
         tape = Tape(ids, index, attention, turns, self._first()) if keep else None
         states = self.embedded(ids)
         for number, layer in enumerate(self.layers):
@@ -165,7 +171,7 @@ class Llama:
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The first states (hidden, columns) of ``ids`` (tokens,), and of columns more, of which nothing comes."""
-        return self.embeddings[_fill(ids)].t().contiguous()
+        return self.embeddings[_fill(ids, _filled(len(ids)))].t().contiguous()
 
     def turns(self, count: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (count, 1, head size) of the rotations at the first ``count`` positions."""
@@ -184,7 +190,9 @@ class Llama:
     ) -> tuple[Tensor, Kept]:
         """``states`` (hidden, tokens) after ``layer``; or only those of the columns ``index`` (n,)."""
         before = _normed(states, layer.norm)
-        heads = torch.mm(before.states.t(), layer.projections.whole.t()).unflatten(1, (-1, self.size))
+        whole, columns = layer.projections.whole, before.states.t()
+        flat = product_of_few(columns, whole) if _few(whole, len(columns)) else columns @ whole.t()
+        heads = flat.unflatten(1, (-1, self.size))
         if layer.biases is not None:
             heads += layer.biases.whole.view(-1, self.size)
         turned = heads[:, : self.queries + self.keys]
@@ -194,12 +202,12 @@ class Llama:
         here = attended
         if index is not None:
             states, here = states.index_select(1, index), attended.index_select(0, index)
-        middle = torch.addmm(states, layer.out, here.t())
+        middle = _plus(states, layer.out, here.t())
         after = _normed(middle, layer.norm_after)
-        both = layer.feed.whole @ after.states
+        both = _times(layer.feed.whole, after.states)
         gate, up = both.chunk(2)
         active = silu(gate)
-        found = torch.addmm(middle, layer.down, active * up)
+        found = _plus(middle, layer.down, active * up)
         return found, Kept(before, attended, saw, after, both, active)
 
     def is_still(self, model: Any) -> bool:
@@ -287,7 +295,7 @@ class Decoder:
 
     def start(self) -> Tensor:
         """Last hidden states (hidden, rows) at the ends of the queries."""
-        model, turns = self.model, _at(self.turns, self.layout.positions[0])
+        model, turns = self.model, _at(self.turns, self.layout.positions[0], _filled(len(self.ids)))
         states, packed = model.embedded(self.ids), model.attention(self.layout)
         ends = torch.tensor(self.layout.starts) + self.seen - 1
         for layer, memory in zip(model.layers, self.memory, strict=True):
@@ -301,8 +309,13 @@ class Decoder:
 
     def next(self, tokens: Tensor) -> Tensor:
         """Last hidden states (hidden, rows) after ``tokens`` (rows,)."""
-        model, turns = self.model, _at(self.turns, self.seen)
-        states, here, rows = model.embedded(tokens), self.column, len(tokens)
+        model, rows, here = self.model, len(tokens), self.column
+        # Few rows stay as few, and their states transposed: each row in one piece.
+        few = all(_few(weight, rows) for weight in model.layers[0].weights)
+        filled = rows if few or rows == 1 else _filled(rows)
+        states = model.embeddings[_fill(tokens, filled)].t()
+        states = states if few else states.contiguous()
+        turns = _at(self.turns, self.seen, filled)
         self.seen, self.column = self.seen + 1, self.column + 1
         mask = None if self.mask is None else self.mask[..., : self.column]
         for layer, memory in zip(model.layers, self.memory, strict=True):
@@ -313,7 +326,7 @@ class Decoder:
                 found = scaled_dot_product_attention(
                     heads[:rows, : model.queries, None], keys, values, mask, scale=model.scale, enable_gqa=True
                 )
-                return _fill(found.flatten(1)), found
+                return _fill(found.flatten(1), filled), found
 
             states, _ = model.through(layer, states, turns, attend)
         return _normed(states[:, :rows], model.norm).states
@@ -327,18 +340,35 @@ class Decoder:
 
 def _filled(tokens: int) -> int:
     """How many columns that many tokens have."""
-    return tokens if tokens == 1 else max(-(-tokens // WIDTH) * WIDTH, 2 * WIDTH)
+    return max(-(-tokens // WIDTH) * WIDTH, MANY)
 
 
-def _at(turns: tuple[Tensor, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+def _few(weight: Tensor, columns: int) -> bool:
+    """Whether ``weight`` times so few columns is worth an own product; a single one takes MKL no longer than it must."""
+    return 1 < columns < MANY and weight.numel() >= LEAST_WEIGHTS
+
+
+def _times(weight: Tensor, states: Tensor) -> Tensor:
+    """``weight`` (n, k) times ``states`` (k, columns)."""
+    return product_of_few(states.t(), weight).t() if _few(weight, states.shape[1]) else weight @ states
+
+
+def _plus(others: Tensor, weight: Tensor, states: Tensor) -> Tensor:
+    """``others`` (n, columns) plus ``weight`` (n, k) times ``states`` (k, columns)."""
+    if _few(weight, states.shape[1]):
+        return product_of_few(states.t(), weight).t().add_(others)
+    return torch.addmm(others, weight, states)
+
+
+def _at(turns: tuple[Tensor, Tensor], positions: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Those of ``turns`` at ``positions`` (tokens,), each (columns, 1, head size)."""
-    places = _fill(positions)
+    places = _fill(positions, columns)
     return turns[0].index_select(0, places), turns[1].index_select(0, places)
 
 
-def _fill(rows: Tensor) -> Tensor:
+def _fill(rows: Tensor, columns: int) -> Tensor:
     """``rows`` (tokens, ...) and zeros, (columns, ...)."""
-    missing = _filled(len(rows)) - len(rows)
+    missing = columns - len(rows)
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
