@@ -19,8 +19,10 @@ from torch.nn.functional import pad
 
 BLOCK = 32, 768
 """Rows of a weight that are multiplied at a time: the fewest, and the most."""
+MANY = 16
+"""A weight times fewer columns takes MKL as long as times that many, but for a single one."""
 FEW = 128
-"""States for which that is at least as fast as oneDNN."""
+"""States for which a product for each block is at least as fast as oneDNN's."""
 LEAST_WEIGHTS = 1 << 16
 """Weights of a layer from which oneDNN is worth the call."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -110,6 +112,30 @@ def _blocks(rows: int, threads: int) -> int:
     """In how many equal blocks: two for each thread or more, of ``BLOCK`` rows."""
     least = max(2 * threads, -(-rows // BLOCK[1]))
     return next((blocks for blocks in range(least, rows // BLOCK[0] + 1) if rows % blocks == 0), 2 - rows % 2)
+
+
+def are_few(weight: Tensor, columns: int) -> bool:
+    """Whether so few columns are worth a product for each block of ``weight``."""
+    return 1 < columns < MANY and weight.numel() >= LEAST_WEIGHTS
+
+
+def transposed_times(weight: Tensor, states: Tensor) -> Tensor:
+    """``weight`` (n, k) times ``states`` (k, columns), transposed: (columns, n)."""
+    few = are_few(weight, states.shape[1])
+    return product_of_few(states.t(), weight) if few else states.t() @ weight.t()
+
+
+def times(weight: Tensor, states: Tensor) -> Tensor:
+    """``weight`` (n, k) times ``states`` (k, columns)."""
+    few = are_few(weight, states.shape[1])
+    return product_of_few(states.t(), weight).t() if few else weight @ states
+
+
+def plus_times(others: Tensor, weight: Tensor, states: Tensor) -> Tensor:
+    """``others`` (n, columns) plus ``weight`` (n, k) times ``states`` (k, columns)."""
+    if are_few(weight, states.shape[1]):
+        return product_of_few(states.t(), weight).t().add_(others)
+    return torch.addmm(others, weight, states)
 
 
 def product_of(states: Tensor, weight: Tensor) -> Tensor:

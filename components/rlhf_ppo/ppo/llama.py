@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from rlhf_ppo.ppo.attention import Attention
-from rlhf_ppo.ppo.cpu import LEAST_WEIGHTS, product_of, product_of_few
+from rlhf_ppo.ppo.cpu import MANY, are_few, plus_times, product_of, times, transposed_times
 from rlhf_ppo.ppo.gradients import Gradients
 from rlhf_ppo.ppo.packing import AGREEMENT, Layout
 from rlhf_ppo.ppo.tensors import length_mask, pad_rows
@@ -30,8 +30,6 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 WIDTH = 8
 """Columns come in multiples of that, where there are many: a product by MKL takes no longer for them."""
-MANY = 16
-"""A weight times fewer columns takes MKL as long as times that many."""
 
 _silu_gradient = torch.ops.aten.silu_backward.grad_input
 
@@ -190,9 +188,7 @@ class Llama:
     ) -> tuple[Tensor, Kept]:
         """``states`` (hidden, tokens) after ``layer``; or only those of the columns ``index`` (n,)."""
         before = _normed(states, layer.norm)
-        whole, columns = layer.projections.whole, before.states.t()
-        flat = product_of_few(columns, whole) if _few(whole, len(columns)) else columns @ whole.t()
-        heads = flat.unflatten(1, (-1, self.size))
+        heads = transposed_times(layer.projections.whole, before.states).unflatten(1, (-1, self.size))
         if layer.biases is not None:
             heads += layer.biases.whole.view(-1, self.size)
         turned = heads[:, : self.queries + self.keys]
@@ -202,12 +198,12 @@ class Llama:
         here = attended
         if index is not None:
             states, here = states.index_select(1, index), attended.index_select(0, index)
-        middle = _plus(states, layer.out, here.t())
+        middle = plus_times(states, layer.out, here.t())
         after = _normed(middle, layer.norm_after)
-        both = _times(layer.feed.whole, after.states)
+        both = times(layer.feed.whole, after.states)
         gate, up = both.chunk(2)
         active = silu(gate)
-        found = _plus(middle, layer.down, active * up)
+        found = plus_times(middle, layer.down, active * up)
         return found, Kept(before, attended, saw, after, both, active)
 
     def is_still(self, model: Any) -> bool:
@@ -311,7 +307,7 @@ class Decoder:
         """Last hidden states (hidden, rows) after ``tokens`` (rows,)."""
         model, rows, here = self.model, len(tokens), self.column
         # Few rows stay as few, and their states transposed: each row in one piece.
-        few = all(_few(weight, rows) for weight in model.layers[0].weights)
+        few = all(are_few(weight, rows) for weight in model.layers[0].weights)
         filled = rows if few or rows == 1 else _filled(rows)
         states = model.embeddings[_fill(tokens, filled)].t()
         states = states if few else states.contiguous()
@@ -341,23 +337,6 @@ class Decoder:
 def _filled(tokens: int) -> int:
     """How many columns that many tokens have."""
     return max(-(-tokens // WIDTH) * WIDTH, MANY)
-
-
-def _few(weight: Tensor, columns: int) -> bool:
-    """Whether ``weight`` times so few columns is worth an own product; a single one takes MKL no longer than it must."""
-    return 1 < columns < MANY and weight.numel() >= LEAST_WEIGHTS
-
-
-def _times(weight: Tensor, states: Tensor) -> Tensor:
-    """``weight`` (n, k) times ``states`` (k, columns)."""
-    return product_of_few(states.t(), weight).t() if _few(weight, states.shape[1]) else weight @ states
-
-
-def _plus(others: Tensor, weight: Tensor, states: Tensor) -> Tensor:
-    """``others`` (n, columns) plus ``weight`` (n, k) times ``states`` (k, columns)."""
-    if _few(weight, states.shape[1]):
-        return product_of_few(states.t(), weight).t().add_(others)
-    return torch.addmm(others, weight, states)
 
 
 def _at(turns: tuple[Tensor, Tensor], positions: Tensor, columns: int) -> tuple[Tensor, Tensor]:
