@@ -137,6 +137,25 @@ def test_what_is_written_out_says_and_learns_what_autograd_finds(
         assert bool((value != 0).any()), part
 
 
+@pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
+def test_few_places_that_predict_a_token_learn_the_same_from_large_weights(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, few = WRITTEN[name](), []
+    product = cpu.product_of_few
+    monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(
+        cpu, "product_of_few", lambda states, weight: (few.append(len(states)), product(states, weight))[1]
+    )
+    sequences = Sequences.of(queries(9, 12), queries(3, 4, seed=2), packed=True)
+    expected = by_autograd(policy_of(copy.deepcopy(model)), sequences, 1.0)
+    found = by_hand(policy_of(model), sequences, 1.0)
+    # The last layer's three products of states, and the head's
+    assert few.count(7) == 4 and found.keys() == expected.keys()
+    for part, value in expected.items():
+        assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
+
+
 def test_sequences_attend_beside_those_of_about_their_length_where_that_saves_more_than_it_costs() -> None:
     assert attention.alike([60, 101, 62, 84], 9) == [[1, 3], [2, 0]]
     assert attention.alike([28, 40, 31, 36], 4) == [[1, 3, 2, 0]]

@@ -21,8 +21,8 @@ BLOCK = 32, 768
 """Rows of a weight that are multiplied at a time: the fewest, and the most."""
 MANY = 16
 """A weight times fewer columns takes MKL as long as times that many, but for a single one."""
-FEW = 128
-"""States for which a product for each block is at least as fast as oneDNN's."""
+BY_BLOCKS = 128
+"""States up to which a product for each block is at least as fast as oneDNN's."""
 LEAST_WEIGHTS = 1 << 16
 """Weights of a layer from which oneDNN is worth the call."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -142,7 +142,7 @@ def product_of(states: Tensor, weight: Tensor) -> Tensor:
     """``states`` (n, k) times the transpose of ``weight`` (m, k), by oneDNN where that is there and worth the call."""
     if weight.numel() < LEAST_WEIGHTS or not torch.backends.mkldnn.is_available():
         return states @ weight.t()
-    if 1 < len(states) <= FEW:
+    if 1 < len(states) <= BY_BLOCKS:
         return product_of_few(states, weight)
     return _product(states, weight)
 

@@ -141,10 +141,8 @@ class Llama:
 
     def read(self, ids: Tensor, layout: Layout, index: Tensor, keep: bool = False) -> tuple[Tensor, Tape | None]:
         """Last hidden states (hidden, n) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
-        turns, attention = (
-            _at(self.turns(max(layout.lengths)), layout.positions[0], _filled(len(ids))),
-            self.attention(layout),
-        )
+        turns = _at(self.turns(max(layout.lengths)), layout.positions[0], _filled(len(ids)))
+        attention = self.attention(layout)
         tape = Tape(ids, index, attention, turns, self._first()) if keep else None
         states = self.embedded(ids)
         for number, layer in enumerate(self.layers):
