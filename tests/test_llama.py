@@ -27,6 +27,7 @@ from rlhf_ppo.ppo import (
     optimization,
     rollout,
 )
+from rlhf_ppo.ppo import llama as llama_module
 from rlhf_ppo.ppo.generation import draw, sample
 from rlhf_ppo.ppo.gradients import Gradients, takes
 from rlhf_ppo.ppo.llama import Llama, written_out
@@ -112,6 +113,13 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return {"short": attention.Products, "long": attention.Flash}[request.param]
 
 
+@pytest.fixture(params=(False, True), ids=("by number", "by token"))
+def by_token(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """States that lie in memory as one kind of processor or the other wants them."""
+    monkeypatch.setattr(cpu, "BY_TOKEN", request.param)
+    return bool(request.param)
+
+
 @pytest.fixture(params=(0, gradients.SMALL), ids=("large", "small"))
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that learn one at a time, as large ones do, or together."""
@@ -122,7 +130,7 @@ def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("temperature", (1.0, 0.8))
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_is_written_out_says_and_learns_what_autograd_finds(
-    name: str, temperature: float, ragged: bool, kernel: type
+    name: str, temperature: float, ragged: bool, kernel: type, by_token: bool
 ) -> None:
     model = WRITTEN[name]()
     other, sequences = copy.deepcopy(model), Sequences.of(*rows(ragged=ragged), packed=True)
@@ -139,7 +147,7 @@ def test_what_is_written_out_says_and_learns_what_autograd_finds(
 
 @pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
 def test_few_places_that_predict_a_token_learn_the_same_from_large_weights(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, by_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, few = WRITTEN[name](), []
     product = cpu.product_of_few
@@ -154,6 +162,24 @@ def test_few_places_that_predict_a_token_learn_the_same_from_large_weights(
     assert few.count(7) == 4 and found.keys() == expected.keys()
     for part, value in expected.items():
         assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
+
+
+def test_states_lie_as_the_processor_wants_them(by_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = llama(), []
+    norm_gradient = llama_module._norm_gradient
+
+    def seeing(normed: Any, norm: Any, gradient: Tensor, *more: Any) -> Tensor:
+        found = norm_gradient(normed, norm, gradient, *more)
+        seen.extend([gradient, found])
+        return found
+
+    monkeypatch.setattr(llama_module, "_norm_gradient", seeing)
+    one = Pass(written_out(model), policy_of(model).v_head, Sequences.of(*rows(), packed=True), 1.0)  # type: ignore[arg-type]
+    assert one.tape is not None
+    for kept in one.tape.layers:
+        seen += [kept.before.states, kept.before.scaled, kept.after.states, kept.gate_and_up, kept.active]
+    one.learn(torch.ones(len(one.logprobs)), torch.ones(len(one.logprobs)))
+    assert len(seen) == 5 * 2 + 2 * 5 and {states.t().is_contiguous() for states in seen} == {by_token}
 
 
 def test_sequences_attend_beside_those_of_about_their_length_where_that_saves_more_than_it_costs() -> None:
@@ -273,11 +299,31 @@ def test_layers_that_are_shared_with_the_reference_learn_nothing() -> None:
         torch.testing.assert_close(found[part], value, atol=1e-5, rtol=1e-5)
 
 
+def test_of_weights_in_one_piece_those_that_are_frozen_learn_nothing() -> None:
+    model = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("0.self_attn.k" not in name and "1.mlp.gate" not in name)
+    other, sequences = copy.deepcopy(model), Sequences.of(*rows(), packed=True)
+    found, expected = by_hand(policy_of(model), sequences, 1.0), by_autograd(policy_of(other), sequences, 1.0)
+    assert found.keys() == expected.keys() and not any("k_proj" in name and "layers.0" in name for name in found)
+    for part, value in expected.items():
+        assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
+
+
+def test_no_norm_of_all_gradients_exceeds_the_bound() -> None:
+    # One token: the norm of each product is that of its factors, and the bound of one alone is too small.
+    found, weights = Gradients(), [nn.Parameter(torch.zeros(3, 2)) for _ in range(3)]
+    found.add_products(weights[:2], torch.ones(6, 1), torch.ones(2, 1))
+    found.add_products(weights[2:], torch.ones(3, 1), torch.ones(2, 1))
+    found.add_rows(weights[2], torch.tensor([1]), torch.full((2, 1), 4.0))
+    assert (12 + 4 + 2 * 25) ** 0.5 <= found.bound() < 2 * (12 + 4 + 2 * 25) ** 0.5
+
+
 @pytest.mark.parametrize("large", (True, False))
 @pytest.mark.parametrize("lengths", ((4, 2, 7, 1, 5), (3, 3, 3), (2,)))
 @pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
 def test_it_samples_and_scores_as_the_model_does(
-    name: str, lengths: tuple[int, ...], large: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, lengths: tuple[int, ...], large: bool, by_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, asked = WRITTEN[name](), queries(*(lengths * (6 if len(lengths) > 1 else 1)))
     # Large weights are multiplied by few states in a way of its own.
@@ -407,7 +453,9 @@ def assert_same_training(found: Any, expected: Any) -> None:
     ),
     ids=str,
 )
-def test_training_is_that_of_autograd(changes: dict[str, Any], size: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_that_of_autograd(
+    changes: dict[str, Any], size: None, by_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = trainer(**changes)
     assert trained.optimization._written_out() is not None
     found = stepped(trained)
@@ -440,8 +488,8 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_adam_as_they_were(
 
     def spoiled(self: Llama, tape: Any, gradient: Tensor, into: Gradients) -> None:
         learn(self, tape, gradient, into)
-        weight = self.layers[1].down
-        into.products[weight][0][0, 0] = torch.nan
+        spoil = next(product for product in into.products if product.weights[0] is self.layers[1].down)
+        spoil.of_output[0, 0] = torch.nan
 
     monkeypatch.setattr(Llama, "learn", spoiled)
     stats, after, state_after = stepped(trained, 1)

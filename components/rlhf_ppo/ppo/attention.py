@@ -71,7 +71,7 @@ class Attention:
         """What the queries found, (columns, queries * size), and what ``gradient`` needs."""
         size = heads.shape[-1]
         parts = self._of_groups(heads.view(-1, size).index_select(0, self.apart))
-        found = heads.new_empty(len(self.found_apart), size)
+        found = heads.new_empty(self.found_apart.shape[0], size)
         each = zip(self.groups, parts, self._split(found), strict=True)
         saw = [group.attend(query, key, value, into) for group, (query, key, value), into in each]
         return _chosen(found, self.found_together, self.columns * self.queries).view(self.columns, -1), saw
@@ -85,7 +85,7 @@ class Attention:
         found = [None] * len(self.groups)
         if any(isinstance(group, Flash) for group in self.groups):
             found = self._split(attended.view(-1, size).index_select(0, self.found_apart))
-        of_heads = gradient.new_empty(len(self.apart), size)
+        of_heads = gradient.new_empty(self.apart.shape[0], size)
         for group, *of, parts in zip(
             self.groups, saw, found, self._split(of_found), self._of_groups(of_heads), strict=True
         ):
@@ -94,11 +94,11 @@ class Attention:
 
     def _split(self, found: Tensor) -> Any:
         """The queries' rows of each group."""
-        return found.split(self.sizes[::3])
+        return found.split_with_sizes(self.sizes[::3])
 
     def _of_groups(self, heads: Tensor) -> Any:
         """The rows of each group's queries, keys and values."""
-        parts = heads.split(self.sizes)
+        parts = heads.split_with_sizes(self.sizes)
         return [parts[first : first + 3] for first in range(0, len(parts), 3)]
 
 
@@ -124,9 +124,10 @@ class Products:
         """Write the gradients of queries, keys and values."""
         query, key, value, probs = saw
         of_found = of_found.view_as(query)
-        of_scores = torch._softmax_backward_data(of_found.bmm(value.mT), probs, -1, probs.dtype).mul_(self.scale)
-        torch.bmm(of_scores, key, out=of_query.view_as(query))
-        torch.bmm(of_scores.mT, query, out=of_key.view_as(key))
+        of_scores = torch._softmax_backward_data(of_found.bmm(value.mT), probs, -1, probs.dtype)
+        of_query, of_key = of_query.view_as(query), of_key.view_as(key)
+        torch.baddbmm(of_query, of_scores, key, beta=0, alpha=self.scale, out=of_query)
+        torch.baddbmm(of_key, of_scores.mT, query, beta=0, alpha=self.scale, out=of_key)
         torch.bmm(probs.mT, of_found, out=of_value.view_as(value))
 
 
@@ -176,7 +177,8 @@ def _back(places: Tensor, count: int) -> Tensor:
 
 def _chosen(rows: Tensor, places: Tensor, count: int) -> Tensor:
     """``count`` rows: those that ``places`` names, and zeros."""
-    found = rows.new_empty(count, rows.shape[1])
-    torch.index_select(rows, 0, places, out=found[: len(places)])
-    found[len(places) :] = 0
+    found, known = rows.new_empty(count, rows.shape[1]), places.shape[0]
+    torch.index_select(rows, 0, places, out=found[:known])
+    if known < count:
+        found[known:].zero_()
     return found

@@ -25,6 +25,8 @@ BY_BLOCKS = 128
 """States up to which a product for each block is at least as fast as oneDNN's."""
 LEAST_WEIGHTS = 1 << 16
 """Weights of a layer from which oneDNN is worth the call."""
+BY_TOKEN = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether states (n, tokens) lie in memory token by token: MKL's gradients are faster so with AVX-512."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 KEPT = 32 << 20
@@ -119,6 +121,11 @@ def are_few(weight: Tensor, columns: int) -> bool:
     return 1 < columns < MANY and weight.numel() >= LEAST_WEIGHTS
 
 
+def laid(states: Tensor) -> Tensor:
+    """``states`` (n, columns), which lie token by token, as this processor wants them."""
+    return states if BY_TOKEN else states.contiguous()
+
+
 def transposed_times(weight: Tensor, states: Tensor) -> Tensor:
     """``weight`` (n, k) times ``states`` (k, columns), transposed: (columns, n)."""
     few = are_few(weight, states.shape[1])
@@ -127,15 +134,23 @@ def transposed_times(weight: Tensor, states: Tensor) -> Tensor:
 
 def times(weight: Tensor, states: Tensor) -> Tensor:
     """``weight`` (n, k) times ``states`` (k, columns)."""
-    few = are_few(weight, states.shape[1])
-    return product_of_few(states.t(), weight).t() if few else weight @ states
+    if BY_TOKEN or are_few(weight, states.shape[1]):
+        return transposed_times(weight, states).t()
+    return weight @ states
 
 
 def plus_times(others: Tensor, weight: Tensor, states: Tensor) -> Tensor:
     """``others`` (n, columns) plus ``weight`` (n, k) times ``states`` (k, columns)."""
     if are_few(weight, states.shape[1]):
         return product_of_few(states.t(), weight).t().add_(others)
+    if BY_TOKEN:
+        return torch.addmm(others.t(), states.t(), weight.t()).t()
     return torch.addmm(others, weight, states)
+
+
+def back_times(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The transpose of ``weight`` (n, k) times ``gradient`` (n, columns): (k, columns)."""
+    return (gradient.t() @ weight).t() if BY_TOKEN else weight.t() @ gradient
 
 
 def product_of(states: Tensor, weight: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ The whole gradient of a weight then never leaves the processor's cache, and that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,17 +22,30 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """What Adam knows of a parameter, as torch names it."""
 
 
+class Product(NamedTuple):
+    """Gradients of weights (n, k) below each other: ``of_output`` (all n, tokens) times ``inputs`` (k, tokens)."""
+
+    weights: Sequence[Tensor]
+    of_output: Tensor
+    inputs: Tensor
+
+
 class Gradients:
     """What a backward pass gives: products, rows of embeddings, and small gradients as they are."""
 
     def __init__(self) -> None:
-        self.products: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self.products: list[Product] = []
         self.rows: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.others: dict[Tensor, Tensor] = {}
 
-    def add_products(self, inputs: Tensor, outputs: list[tuple[Tensor, Tensor]]) -> None:
-        """Each weight (n, k) has its of_output (n, tokens) times ``inputs`` (k, tokens), transposed."""
-        self.products |= {weight: (of_output, inputs) for weight, of_output in outputs if weight.requires_grad}
+    def add_products(self, weights: Sequence[Tensor], of_output: Tensor, inputs: Tensor) -> None:
+        """``weights`` have the rows of ``of_output`` (n, tokens) times ``inputs`` (k, tokens), transposed, in order."""
+        if all(weight.requires_grad for weight in weights):
+            self.products.append(Product(weights, of_output, inputs))
+            return
+        for weight, part in zip(weights, of_output.split([len(weight) for weight in weights]), strict=True):
+            if weight.requires_grad:
+                self.products.append(Product([weight], part, inputs))
 
     def add_rows(self, weight: Tensor, ids: Tensor, columns: Tensor) -> None:
         """The rows ``ids`` (tokens,) of ``weight`` (n, k) have ``columns`` (k, tokens)."""
@@ -43,10 +57,11 @@ class Gradients:
         if parameter.requires_grad:
             self.others[parameter] = gradient
 
-    @property
+    @cached_property
     def parameters(self) -> list[Tensor]:
-        """What has a gradient."""
-        return list(dict.fromkeys([*self.products, *self.rows, *self.others]))
+        """What has a gradient, once all is added; those of a product stand next to each other."""
+        learned = [weight for product in self.products for weight in product.weights]
+        return list(dict.fromkeys([*learned, *self.rows, *self.others]))
 
     @property
     def small(self) -> bool:
@@ -55,11 +70,15 @@ class Gradients:
 
     def bound(self) -> Tensor:
         """A number that the norm of all gradients does not exceed, 0-d: a product's is at most its factors' product."""
-        factors = {id(factor): factor for pair in self.products.values() for factor in pair}
-        norms = {number: norm_of(factor) for number, factor in factors.items()}
-        bounds = [norms[id(of_output)] * norms[id(inputs)] for of_output, inputs in self.products.values()]
-        others = [*(rows for _, rows in self.rows.values()), *self.others.values()]
-        return torch.stack([*bounds, *map(norm_of, others)]).sum()
+        factors = [factor for product in self.products for factor in (product.of_output, product.inputs)]
+        norms = torch.zeros(len(factors))
+
+        def read(number: int) -> None:
+            norms[number] = norm_of(factors[number])
+
+        share(sorted(range(len(factors)), key=lambda number: -factors[number].numel()), read)
+        others = [norm_of(other) for other in (*(rows for _, rows in self.rows.values()), *self.others.values())]
+        return norms.view(-1, 2).prod(1).sum() + torch.stack(others).sum()
 
     def materialize(self) -> None:
         """Add the gradients to the parameters' ``grad``."""
@@ -82,19 +101,34 @@ class Gradients:
             for parameter in self.parameters:
                 add(parameter)
 
-    def _of(self, parameter: Tensor, part: slice, into: Tensor | None = None) -> Tensor:
-        """The gradient of the rows ``part`` of ``parameter``, written ``into`` that."""
-        found = torch.empty_like(parameter[part]) if into is None else into
-        if parameter in self.products:
-            of_output, inputs = self.products[parameter]
+    @cached_property
+    def _factors(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """What the gradient of each weight is the product of."""
+        found: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        for weights, of_output, inputs in self.products:
+            parts = of_output.split([len(weight) for weight in weights])
+            found |= {weight: (part, inputs) for weight, part in zip(weights, parts, strict=True)}
+        return found
+
+    def _of(self, parameter: Tensor, part: slice) -> Tensor:
+        """The gradient of the rows ``part`` of ``parameter``."""
+        found = torch.empty_like(parameter[part])
+        if parameter in self._factors:
+            of_output, inputs = self._factors[parameter]
             torch.mm(of_output[part], inputs.t(), out=found)
         else:
             found.zero_()
+        self._add_the_rest(found, parameter, part)
+        return found
+
+    def _add_the_rest(self, gradient: Tensor, parameter: Tensor, part: slice) -> None:
+        """Add what is no product to the ``gradient`` of the rows ``part`` of ``parameter``."""
         if parameter in self.rows:
             ids, rows = self.rows[parameter]
             here = (ids >= part.start) & (ids < part.stop)
-            found.index_add_(0, ids[here] - part.start, rows[here])
-        return found.add_(self.others[parameter][part]) if parameter in self.others else found
+            gradient.index_add_(0, ids[here] - part.start, rows[here])
+        if parameter in self.others:
+            gradient += self.others[parameter][part]
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -120,12 +154,17 @@ class Gradients:
     def step_at_once(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """``step`` with all gradients in memory, for those that are ``small``; none where the norm is not finite."""
         parameters = self.parameters
-        whole = torch.empty(sum(parameter.numel() for parameter in parameters))
-        parts = whole.split([parameter.numel() for parameter in parameters])
-        gradients = {
-            parameter: self._of(parameter, slice(0, len(parameter)), part.view_as(parameter))
-            for parameter, part in zip(parameters, parts, strict=True)
-        }
+        sizes = [parameter.numel() for parameter in parameters]
+        whole = torch.empty(sum(sizes))
+        parts = dict(zip(parameters, whole.split(sizes), strict=True))
+        place = 0
+        for _, of_output, inputs in self.products:
+            count = len(of_output) * len(inputs)
+            torch.mm(of_output, inputs.t(), out=whole[place : place + count].view(len(of_output), -1))
+            place += count
+        whole[place:] = 0
+        for parameter in {*self.rows, *self.others}:
+            self._add_the_rest(parts[parameter].view_as(parameter), parameter, slice(0, len(parameter)))
         norm = norm_of(whole)
         if not bool(torch.isfinite(norm)):
             return norm
@@ -134,7 +173,7 @@ class Gradients:
             of_group = [parameter for parameter in parameters if groups.get(parameter) is group]
             if of_group:
                 of_states = [[states[parameter][name] for parameter in of_group] for name in MOMENTS]
-                _adam(group, of_group, [gradients[parameter] for parameter in of_group], *of_states)
+                _adam(group, of_group, [parts[parameter].view_as(parameter) for parameter in of_group], *of_states)
         return norm
 
     def _begin(self, optimizer: Any) -> tuple[dict[Tensor, dict[str, Any]], dict[Tensor, dict[str, Any]]]:

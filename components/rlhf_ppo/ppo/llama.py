@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from rlhf_ppo.ppo.attention import Attention
-from rlhf_ppo.ppo.cpu import MANY, are_few, plus_times, product_of, times, transposed_times
+from rlhf_ppo.ppo.cpu import (
+    MANY,
+    are_few,
+    back_times,
+    laid,
+    plus_times,
+    product_of,
+    times,
+    transposed_times,
+)
 from rlhf_ppo.ppo.gradients import Gradients
 from rlhf_ppo.ppo.packing import AGREEMENT, Layout
 from rlhf_ppo.ppo.tensors import length_mask, pad_rows
@@ -130,6 +139,7 @@ class Llama:
         self.head, self.padding = model.lm_head.weight, inner.embed_tokens.padding_idx
         self.layers = [_Layer(layer) for layer in inner.layers]
         self.size, self.scale = inner.layers[0].self_attn.head_dim, inner.layers[0].self_attn.scaling
+        self.known_turns: tuple[Tensor, Tensor] | None = None
         self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
         # A file that weights were read from stays in memory for as long as one of them lies there.
         joined = {id(parameter) for layer in self.layers for parameter in layer.joined}
@@ -167,14 +177,16 @@ class Llama:
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The first states (hidden, columns) of ``ids`` (tokens,), and of columns more, of which nothing comes."""
-        return self.embeddings[_fill(ids, _filled(len(ids)))].t().contiguous()
+        return laid(self.embeddings[_fill(ids, _filled(len(ids)))].t())
 
     def turns(self, count: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines (count, 1, head size) of the rotations at the first ``count`` positions."""
-        cosines, sines = self.rotary(self.embeddings[:1], torch.arange(count)[None])
-        half = self.size // 2
-        signed = torch.cat([-sines[0, :, :half], sines[0, :, half:]], 1)
-        return cosines[0, :, None], signed[:, None]
+        """Cosines and signed sines (``count`` or more, 1, head size) of the rotations at the first positions."""
+        if self.known_turns is None or len(self.known_turns[0]) < count:
+            cosines, sines = self.rotary(self.embeddings[:1], torch.arange(count)[None])
+            half = self.size // 2
+            signed = torch.cat([-sines[0, :, :half], sines[0, :, half:]], 1)
+            self.known_turns = cosines[0, :, None], signed[:, None]
+        return self.known_turns
 
     def through(
         self,
@@ -186,7 +198,7 @@ class Llama:
     ) -> tuple[Tensor, Kept]:
         """``states`` (hidden, tokens) after ``layer``; or only those of the columns ``index`` (n,)."""
         before = _normed(states, layer.norm)
-        heads = transposed_times(layer.projections.whole, before.states).unflatten(1, (-1, self.size))
+        heads = transposed_times(layer.projections.whole, before.states).view(states.shape[1], -1, self.size)
         if layer.biases is not None:
             heads += layer.biases.whole.view(-1, self.size)
         turned = heads[:, : self.queries + self.keys]
@@ -232,34 +244,34 @@ class Llama:
     def _layer_gradient(self, layer: _Layer, kept: Kept, tape: Tape, gradient: Tensor, gradients: Gradients) -> Tensor:
         # 1. The feed-forward half
         gate, up = kept.gate_and_up.chunk(2)
-        gradients.add_products(kept.active * up, [(layer.down, gradient)])
-        of_product = layer.down.t() @ gradient
+        gradients.add_products([layer.down], gradient, kept.active * up)
+        of_product = back_times(layer.down, gradient)
         of_active = of_product * up
         # The gradients of gate and up take their places.
         torch.mul(of_product, kept.active, out=up)
         _silu_gradient(of_active, gate, grad_input=gate)
-        gradients.add_products(kept.after.states, layer.feed.parts(kept.gate_and_up))
-        of_normed = layer.feed.whole.t() @ kept.gate_and_up
+        gradients.add_products(layer.feed.parameters, kept.gate_and_up, kept.after.states)
+        of_normed = back_times(layer.feed.whole, kept.gate_and_up)
         of_middle = _norm_gradient(kept.after, layer.norm_after, of_normed, gradient, gradients)
         # 2. The attention's
-        chosen = tape.index if layer is self.layers[-1] else None
-        here = kept.attended if chosen is None else kept.attended.index_select(0, chosen)
-        gradients.add_products(here.t(), [(layer.out, of_middle)])
+        index = tape.index if layer is self.layers[-1] else None
+        here = kept.attended if index is None else kept.attended.index_select(0, index)
+        gradients.add_products([layer.out], of_middle, here.t())
         of_attended = of_middle.t() @ layer.out
-        if chosen is not None:
+        if index is not None:
             columns = kept.before.states.shape[1]
-            of_attended = of_attended.new_zeros(columns, of_attended.shape[1]).index_copy_(0, chosen, of_attended)
-            of_middle = of_middle.new_zeros(len(of_middle), columns).index_copy_(1, chosen, of_middle)
+            of_attended = of_attended.new_zeros(columns, of_attended.shape[1]).index_copy_(0, index, of_attended)
+            of_middle = laid(of_middle.new_zeros(columns, len(of_middle)).index_copy_(0, index, of_middle.t()).t())
         heads = tape.attention.gradient(kept.saw, kept.attended, of_attended)
         turned = heads[:, : self.queries + self.keys]
         swapped = turned.roll(self.size // 2, -1)
         turned.mul_(tape.turns[0]).addcmul_(swapped, tape.turns[1], value=-1)
         flat = heads.flatten(1).t()
-        gradients.add_products(kept.before.states, layer.projections.parts(flat))
+        gradients.add_products(layer.projections.parameters, flat, kept.before.states)
         if layer.biases is not None:
             for bias, of_bias in layer.biases.parts(flat.sum(1)):
                 gradients.add(bias, of_bias)
-        of_normed = layer.projections.whole.t() @ flat
+        of_normed = back_times(layer.projections.whole, flat)
         return _norm_gradient(kept.before, layer.norm, of_normed, of_middle, gradients)
 
 
@@ -308,7 +320,7 @@ class Decoder:
         few = all(are_few(weight, rows) for weight in model.layers[0].weights)
         filled = rows if few or rows == 1 else _filled(rows)
         states = model.embeddings[_fill(tokens, filled)].t()
-        states = states if few else states.contiguous()
+        states = states if few else laid(states)
         turns = _at(self.turns, self.seen, filled)
         self.seen, self.column = self.seen + 1, self.column + 1
         mask = None if self.mask is None else self.mask[..., : self.column]
@@ -317,9 +329,9 @@ class Decoder:
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
                 memory[:, here] = heads[:rows, model.queries :]
                 keys, values = memory[:, : self.column].transpose(1, 2).split(model.keys, 1)
-                found = scaled_dot_product_attention(
-                    heads[:rows, : model.queries, None], keys, values, mask, scale=model.scale, enable_gqa=True
-                )
+                # Heads that share keys are queries of one: nothing is copied for each.
+                asked = heads[:rows, : model.queries].unflatten(1, (model.keys, -1))
+                found = scaled_dot_product_attention(asked, keys, values, mask, scale=model.scale)
                 return _fill(found.flatten(1), filled), found
 
             states, _ = model.through(layer, states, turns, attend)
@@ -351,7 +363,7 @@ def _fill(rows: Tensor, columns: int) -> Tensor:
 
 def _normed(states: Tensor, norm: Any) -> Normed:
     # (tokens,): one over the root of the mean square
-    scale = (states * states).sum(0).div_(len(states)).add_(norm.variance_epsilon).rsqrt_()
+    scale = (states * states).sum(0).div_(states.shape[0]).add_(norm.variance_epsilon).rsqrt_()
     scaled = states * scale
     return Normed(scaled * norm.weight[:, None], scaled, scale)
 
@@ -361,7 +373,7 @@ def _norm_gradient(normed: Normed, norm: Any, gradient: Tensor, beside: Tensor |
     products = gradient * normed.scaled
     gradients.add(norm.weight, products.sum(1))
     along = norm.weight @ products
-    of_scaled = gradient.mul_(norm.weight[:, None]).addcmul_(normed.scaled, along, value=-1 / len(gradient))
+    of_scaled = gradient.mul_(norm.weight[:, None]).addcmul_(normed.scaled, along, value=-1 / gradient.shape[0])
     return of_scaled.mul_(normed.scale) if beside is None else torch.addcmul(beside, of_scaled, normed.scale)
 
 

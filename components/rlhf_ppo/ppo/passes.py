@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_ppo.ppo.cpu import back_times
 from rlhf_ppo.ppo.gradients import Gradients
 from rlhf_ppo.ppo.llama import Llama
 from rlhf_ppo.ppo.models import ValueHead
@@ -32,9 +33,9 @@ class Pass:
         of_logits = logits_gradient(of_logprobs, self.probs, self.sequences.tokens).t()
         if self.temperature != 1.0:
             of_logits.div_(self.temperature)
-        gradients.add_products(self.hidden, [(self.model.head, of_logits)])
+        gradients.add_products([self.model.head], of_logits, self.hidden)
         gradients.add(summary.weight, (self.hidden @ of_values)[None])
         gradients.add(summary.bias, of_values.sum()[None])
-        of_hidden = (self.model.head.t() @ of_logits).addr_(summary.weight[0], of_values)
+        of_hidden = back_times(self.model.head, of_logits).addr_(summary.weight[0], of_values)
         self.model.learn(self.tape, of_hidden, gradients)
         return gradients
