@@ -77,8 +77,8 @@ class Gradients:
             norms[number] = norm_of(factors[number])
 
         share(sorted(range(len(factors)), key=lambda number: -factors[number].numel()), read)
-        others = [norm_of(other) for other in (*(rows for _, rows in self.rows.values()), *self.others.values())]
-        return norms.view(-1, 2).prod(1).sum() + torch.stack(others).sum()
+        others = [*(rows for _, rows in self.rows.values()), *self.others.values()]
+        return torch.cat([norms.view(-1, 2).prod(1), *(norm_of(other)[None] for other in others)]).sum()
 
     def materialize(self) -> None:
         """Add the gradients to the parameters' ``grad``."""
