@@ -147,11 +147,15 @@ def test_weights_are_laid_out_anew_after_they_changed_and_not_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "threads", "blocks"),
-    ((96, 1, 2), (960, 2, 4), (3072, 8, 16), (6400, 2, 10), (258, 2, 6), (257, 2, 1), (34, 2, 2)),
-)
-def test_few_states_are_multiplied_block_by_block(rows: int, threads: int, blocks: int) -> None:
-    assert cpu._blocks(rows, threads) == blocks
+    ("rows", "threads", "most", "blocks"),
+    ((96, 1, 768, 2), (960, 2, 768, 4), (3072, 8, 768, 16), (6400, 2, 768, 10), (258, 2, 768, 6), (257, 2, 768, 1),
+     (34, 2, 768, 2), (3072, 2, 96, 32), (576, 2, 96, 6), (1000, 2, 96, 20)),
+)  # fmt: skip
+def test_few_states_are_multiplied_block_by_block(
+    rows: int, threads: int, most: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "BLOCK", (32, most))
+    assert cpu._blocks(rows, threads, cpu.BLOCK) == blocks
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-BLOCK = 32, 768
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether the processor has it: MKL and oneDNN have other kernels then, which want other shapes."""
+BLOCK = 32, 96 if AVX512 else 768
 """Rows of a weight that are multiplied at a time: the fewest, and the most."""
 MANY = 16
 """A weight times fewer columns takes MKL as long as times that many, but for a single one."""
-BY_BLOCKS = 128
+BY_BLOCKS = 15 if AVX512 else 128
 """States up to which a product for each block is at least as fast as oneDNN's."""
 LEAST_WEIGHTS = 1 << 16
 """Weights of a layer from which oneDNN is worth the call."""
-BY_TOKEN = torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Whether states (n, tokens) lie in memory token by token: MKL's gradients are faster so with AVX-512."""
+BY_TOKEN = AVX512
+"""Whether states (n, tokens) lie in memory token by token: there MKL's gradients of states are faster so."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 KEPT = 32 << 20
@@ -103,17 +105,17 @@ def product_of_few(states: Tensor, weight: Tensor) -> Tensor:
     Each core then has blocks that stay in its cache. Where there are several, a row rounds the same way however many
     others come with it: fewer than four would be summed in another order.
     """
-    blocks, missing = _blocks(len(weight), torch.get_num_threads()), max(4 - len(states), 0)
+    blocks, missing = _blocks(len(weight), torch.get_num_threads(), BLOCK), max(4 - len(states), 0)
     filled = pad(states, (0, 0, 0, missing)) if missing else states
     found = torch.bmm(filled.expand(blocks, -1, -1), weight.unflatten(0, (blocks, -1)).mT)
     return found[:, : len(states)].transpose(0, 1).flatten(1)
 
 
 @cache
-def _blocks(rows: int, threads: int) -> int:
-    """In how many equal blocks: two for each thread or more, of ``BLOCK`` rows."""
-    least = max(2 * threads, -(-rows // BLOCK[1]))
-    return next((blocks for blocks in range(least, rows // BLOCK[0] + 1) if rows % blocks == 0), 2 - rows % 2)
+def _blocks(rows: int, threads: int, sizes: tuple[int, int]) -> int:
+    """In how many equal blocks: two for each thread or more, of as many rows as ``sizes`` allow."""
+    least = max(2 * threads, -(-rows // sizes[1]))
+    return next((blocks for blocks in range(least, rows // sizes[0] + 1) if rows % blocks == 0), 2 - rows % 2)
 
 
 def are_few(weight: Tensor, columns: int) -> bool:
