@@ -244,8 +244,8 @@ def test_the_entropy_over_a_large_vocabulary_is_that_in_double_precision_unlike_
     whole = -(exact.exp() * exact).sum(-1)
     logprobs, entropy = logprob_and_entropy(logits, torch.zeros(16, dtype=torch.long))
     assert (entropy - whole).abs().max() < 5e-6 and (logprobs - exact[:, 0]).abs().max() < 5e-6
-    # TRL's sum is over logits that are not shifted, which fp32 can't hold.
-    assert (torch.logsumexp(logits, -1) - (logits.softmax(-1) * logits).sum(-1) - whole).abs().max() > 5e-5
+    # TRL's sum is over logits that are not shifted, which fp32 can't hold: off by 4e-5 with AVX-512, 2e-4 with AVX2.
+    assert (torch.logsumexp(logits, -1) - (logits.softmax(-1) * logits).sum(-1) - whole).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("at_once", (1, 22, 1 << 17))

@@ -6,6 +6,7 @@ and which get no gradient.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class Products:
     def __init__(self, sequences: int, longest: int, queries: int, keys: int, scale: float) -> None:
         # Heads that share keys stand below each other.
         self.shape = (sequences * keys, queries // keys * longest)
-        self.mask = torch.full((longest, longest), -torch.inf).triu(1).repeat(queries // keys, 1)
+        self.mask = _causal(longest, queries // keys)
         self.scale = scale
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, found: Tensor) -> Any:
@@ -129,6 +130,12 @@ class Products:
         torch.baddbmm(of_query, of_scores, key, beta=0, alpha=self.scale, out=of_query)
         torch.baddbmm(of_key, of_scores.mT, query, beta=0, alpha=self.scale, out=of_key)
         torch.bmm(probs.mT, of_found, out=of_value.view_as(value))
+
+
+@lru_cache(maxsize=16)
+def _causal(longest: int, queries: int) -> Tensor:
+    """What is added to scores (queries * longest, longest), those of ``queries`` heads below each other."""
+    return torch.full((longest, longest), -torch.inf).triu(1).repeat(queries, 1)
 
 
 class Flash:

@@ -125,8 +125,10 @@ class Gradients:
         """Add what is no product to the ``gradient`` of the rows ``part`` of ``parameter``."""
         if parameter in self.rows:
             ids, rows = self.rows[parameter]
-            here = (ids >= part.start) & (ids < part.stop)
-            gradient.index_add_(0, ids[here] - part.start, rows[here])
+            if len(gradient) < len(parameter):
+                here = (ids >= part.start) & (ids < part.stop)
+                ids, rows = ids[here] - part.start, rows[here]
+            gradient.index_add_(0, ids, rows)
         if parameter in self.others:
             gradient += self.others[parameter][part]
 

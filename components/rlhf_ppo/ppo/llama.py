@@ -173,11 +173,11 @@ class Llama:
 
     def attention(self, layout: Layout) -> Attention:
         """That of sequences that stand end to end."""
-        return Attention(layout, _filled(len(layout.kept)), self.queries, self.keys, self.scale)
+        return Attention(layout, _filled(layout.positions.shape[1]), self.queries, self.keys, self.scale)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The first states (hidden, columns) of ``ids`` (tokens,), and of columns more, of which nothing comes."""
-        return laid(self.embeddings[_fill(ids, _filled(len(ids)))].t())
+        return laid(self.embeddings.index_select(0, _fill(ids, _filled(len(ids)))).t())
 
     def turns(self, count: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (``count`` or more, 1, head size) of the rotations at the first positions."""
@@ -319,7 +319,7 @@ class Decoder:
         # Few rows stay as few, and their states transposed: each row in one piece.
         few = all(are_few(weight, rows) for weight in model.layers[0].weights)
         filled = rows if few or rows == 1 else _filled(rows)
-        states = model.embeddings[_fill(tokens, filled)].t()
+        states = model.embeddings.index_select(0, _fill(tokens, filled)).t()
         states = states if few else laid(states)
         turns = _at(self.turns, self.seen, filled)
         self.seen, self.column = self.seen + 1, self.column + 1

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf_ppo.ppo.tensors import length_mask
+from rlhf_ppo.ppo.tensors import length_mask, runs
 
 PACKED = "rlhf_ppo_packed"
 """The name of our attention among those of transformers."""
@@ -28,37 +30,36 @@ AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 @dataclass(frozen=True)
 class Layout:
-    """Where packed sequences lie: their first places, and the positions (1, tokens) of all tokens in their sequence.
-
-    ``padded`` (sequences * longest,) has the places of a right-padded batch's tokens in the row (0 where there is
-    padding), and ``kept`` (tokens,) the places of the row's tokens in that batch.
-    """
+    """Where packed sequences lie: their first places, and the positions (1, tokens) of all tokens in their sequence."""
 
     lengths: list[int]
     starts: list[int]
     positions: Tensor
-    padded: Tensor
-    kept: Tensor
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Layout:
         """The layout of sequences of these lengths, on the host."""
-        sizes = torch.tensor(lengths)
-        starts = sizes.cumsum(0) - sizes
-        mask, columns = length_mask(lengths), torch.arange(max(lengths))
-        padded = torch.where(mask, starts[:, None] + columns, 0).flatten()
-        positions = columns.expand(len(lengths), -1)[mask]
-        return cls(list(lengths), starts.tolist(), positions[None], padded, mask.flatten().nonzero().squeeze(1))
+        return cls(list(lengths), list(accumulate(lengths, initial=0))[:-1], runs([0] * len(lengths), lengths)[None])
 
     @property
     def ragged(self) -> bool:
         """Whether the lengths differ."""
-        return len(self.kept) < len(self.padded)
+        return min(self.lengths) < max(self.lengths)
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """(sequences * longest,): the places of a right-padded batch's tokens in the row; 0 where there is padding."""
+        places = torch.tensor(self.starts)[:, None] + torch.arange(max(self.lengths))
+        return torch.where(length_mask(self.lengths), places, 0).flatten().to(self.positions.device)
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """(tokens,): the places of the row's tokens in that batch."""
+        return length_mask(self.lengths).flatten().nonzero().squeeze(1).to(self.positions.device)
 
     def to(self, device: torch.device) -> Layout:
         """The same on ``device``."""
-        moved = {name: getattr(self, name).to(device) for name in ("positions", "padded", "kept")}
-        return replace(self, **moved)
+        return replace(self, positions=self.positions.to(device))
 
 
 _current: ContextVar[Layout] = ContextVar("layout")

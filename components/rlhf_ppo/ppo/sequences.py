@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.packing import Layout
-from rlhf_ppo.ppo.tensors import length_mask, pad_rows
+from rlhf_ppo.ppo.tensors import length_mask, pad_rows, runs
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,11 @@ class Sequences:
             tokens, lengths = pad_rows(responses, 0, padding.response).flatten(), [padding.response] * len(responses)
         if packed and padding is None and decoder_start is None:
             # Nothing comes after a response's last token.
-            read = [torch.cat([query, response[:-1]]) for query, response in zip(queries, responses, strict=True)]
-            layout, ids = Layout.of([len(row) for row in read]), torch.cat(read)[None]
+            read = [part for pair in zip(queries, responses, strict=True) for part in (pair[0], pair[1][:-1])]
+            both = zip(query_lengths, lengths, strict=True)
+            layout, ids = Layout.of([query + max(response - 1, 0) for query, response in both]), torch.cat(read)[None]
             starts = [start + query - 1 for start, query in zip(layout.starts, query_lengths, strict=True)]
-            return cls(ids, _runs(starts, lengths), tokens, layout=layout)
+            return cls(ids, runs(starts, lengths), tokens, layout=layout)
         if decoder_start is None:
             rows = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             ids = pad_rows(rows, 0, padding.total if padding else None)
@@ -187,9 +188,4 @@ def check_lengths(queries: Sequence[int], responses: Sequence[int], padding: Pad
 
 
 def _positions(starts: Sequence[int], lengths: Sequence[int], width: int) -> Tensor:
-    return _runs([row * width + start for row, start in enumerate(starts)], lengths)
-
-
-def _runs(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """``lengths[i]`` numbers that count up from ``starts[i]``, for all i."""
-    return torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
+    return runs([row * width + start for row, start in enumerate(starts)], lengths)

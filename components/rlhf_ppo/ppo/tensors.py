@@ -32,6 +32,13 @@ def length_mask(lengths: Sequence[int], device: torch.device | None = None, widt
     return columns < torch.tensor(lengths, device=device)[:, None]
 
 
+def runs(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """``lengths[i]`` numbers that count up from ``starts[i]``, for all i."""
+    counts = torch.tensor(lengths)
+    ends = counts.cumsum(0)
+    return torch.arange(int(ends[-1])) + (torch.tensor(starts) - ends + counts).repeat_interleave(counts)
+
+
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of ``values`` where ``mask`` is true."""
     return torch.where(mask, values, 0).sum()
