@@ -1,9 +1,9 @@
 """Models of Llama's type on a CPU: their forward pass and its gradient, written out.
 
-States are (hidden, tokens), and lie in memory as the processor wants them (``cpu.BY_TOKEN``): on one kind a weight times
-the states, read as it lies, is a third faster than the states times a weight, on another the gradient of states is
-faster token by token (docs/performance.md). Each pass is a short list of large operations. The gradient of a weight is
-left as the two matrices that it is the product of (``Gradients``).
+States are (hidden, tokens), and lie in memory as the processor wants them (``cpu.BY_TOKEN``): on one kind a weight
+times the states, read as it lies, is a third faster than the states times a weight, on another the gradient of states
+is faster token by token (docs/performance.md). Each pass is a short list of large operations. The gradient of a weight
+is left as the two matrices that it is the product of (``Gradients``).
 """
 
 from __future__ import annotations
