@@ -88,7 +88,6 @@ class Optimization:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.padding = padding
         self.minibatches: Minibatches | None = None
-        self.parameters: list[nn.Parameter] = []
         one, plain = accelerator.num_processes == 1, padding is None and policy.critic is None
         self.may_be_written = one and plain and policy.packs
         self.learned: Gradients | None = None
@@ -136,7 +135,6 @@ class Optimization:
     def _on_device(self, experience: Experience) -> Minibatches:
         if self.minibatches is None or self.minibatches.experience is not experience:
             self.minibatches = Minibatches(experience, self.padding, self.policy, self.device)
-            self.parameters = list(self.policy.parameters())
         return self.minibatches
 
     def _minibatch(self, update: Update, minibatches: Minibatches, rows: list[int], written: Llama | None) -> Tensor:
@@ -178,7 +176,7 @@ class Optimization:
         """The policy's layers, written out; None where autograd is needed."""
         if not self.may_be_written or self.model is not self.policy:
             return None
-        if any(parameter._backward_hooks for parameter in self.parameters):
+        if any(parameter._backward_hooks for parameter in self.policy.parameters()):
             return None
         return written_out(self.policy.pretrained_model)
 
