@@ -193,7 +193,6 @@ def example_loss(**changes: object) -> MinibatchLoss:
 
 def test_the_loss_and_its_statistics_follow_trl() -> None:
     loss = example_loss()
-    assert float(loss.total) == pytest.approx(-0.2240752, abs=1e-6)
     expected = {
         "ppo/loss/policy": -0.2402752,
         "ppo/loss/value": 0.1620000,
@@ -221,21 +220,46 @@ def test_a_ratio_above_the_threshold_is_skipped() -> None:
 
 
 def test_a_ratio_that_is_not_a_number_is_skipped_unlike_trl() -> None:
-    assert bool(example_loss(logprobs=torch.full((2, 3), math.nan)).skip)
-    assert bool(example_loss(logprobs=torch.full((2, 3), 1000.0)).skip)
+    for logprob in (math.nan, 1000.0):
+        loss = example_loss(logprobs=torch.full((2, 3), logprob))
+        assert bool(loss.skip) and not bool(loss.of_logprobs.any()) and not bool(loss.of_values.any())
 
 
 def test_what_stands_in_padding_never_changes_loss_or_gradient() -> None:
-    gradients = []
-    for junk in (0.0, 1e6, math.inf):
-        logprobs = tensor([-0.7, -2.1, junk], [-1.4, -0.7, -1]).requires_grad_()
-        values = tensor([0.5, 0.1, junk], [0.1, -0.9, 1.4]).requires_grad_()
-        loss = example_loss(logprobs=logprobs, values=values)
-        loss.total.backward()
-        assert float(loss.total.detach()) == pytest.approx(-0.2240752, abs=1e-6)
-        gradients.append(logprobs.grad)
-    for gradient in gradients[1:]:
-        close(gradient, gradients[0])
+    losses = [
+        example_loss(
+            logprobs=tensor([-0.7, -2.1, junk], [-1.4, -0.7, -1]), values=tensor([0.5, 0.1, junk], [0.1, -0.9, 1.4])
+        )
+        for junk in (0.0, 1e6, math.inf)
+    ]
+    for loss in losses:
+        assert float(loss.stats["ppo/loss/total"]) == pytest.approx(-0.2240752, abs=1e-6)
+        close(loss.of_logprobs, losses[0].of_logprobs)
+        close(loss.of_values, losses[0].of_values)
+        assert loss.of_logprobs[0, 2] == loss.of_values[0, 2] == 0
+
+
+def test_the_gradients_of_the_loss_are_those_of_the_papers_formula() -> None:
+    # Every case: ratios and values within their range, beyond it where that is worse, and where it is better.
+    generator = torch.Generator().manual_seed(0)
+    old_logprobs, old_values, advantages, returns = torch.randn(4, 8, 50, generator=generator)
+    logprobs = (old_logprobs + 0.4 * torch.randn(8, 50, generator=generator)).requires_grad_()
+    values = (old_values + 0.4 * torch.randn(8, 50, generator=generator)).requires_grad_()
+    counts = torch.rand(8, 50, generator=generator) < 0.8
+    ratio = (logprobs - old_logprobs).exp()
+    policy = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    within = old_values + (values - old_values).clamp(-0.2, 0.2)
+    value = 0.5 * torch.maximum((values - returns) ** 2, (within - returns) ** 2)
+    total = policy[counts].mean() + 0.1 * value[counts].mean()
+    total.backward()
+    given = {"old_logprobs": old_logprobs, "old_values": old_values, "advantages": advantages, "returns": returns}
+    loss = example_loss(
+        logprobs=logprobs.detach(), values=values.detach(), entropy=ratio.detach(), mask=counts, **given
+    )
+    close(loss.stats["ppo/loss/total"], total.detach())
+    for found, expected in ((loss.of_logprobs, logprobs.grad), (loss.of_values, values.grad)):
+        close(found, expected)
+        assert 0.1 < float((found[counts] == 0).float().mean()) < 0.5 and not bool(found[~counts].any())
 
 
 def test_the_entropy_over_a_large_vocabulary_is_that_in_double_precision_unlike_trl() -> None:

@@ -128,6 +128,11 @@ def laid(states: Tensor) -> Tensor:
     return states if BY_TOKEN else states.contiguous()
 
 
+def columns_of(states: Tensor, index: Tensor) -> Tensor:
+    """The columns ``index`` (n,) of ``states``, laid as they are."""
+    return states.t().index_select(0, index).t() if BY_TOKEN else states.index_select(1, index)
+
+
 def transposed_times(weight: Tensor, states: Tensor) -> Tensor:
     """``weight`` (n, k) times ``states`` (k, columns), transposed: (columns, n)."""
     few = are_few(weight, states.shape[1])
@@ -142,12 +147,13 @@ def times(weight: Tensor, states: Tensor) -> Tensor:
 
 
 def plus_times(others: Tensor, weight: Tensor, states: Tensor) -> Tensor:
-    """``others`` (n, columns) plus ``weight`` (n, k) times ``states`` (k, columns)."""
+    """``others`` (n, columns), written to, plus ``weight`` (n, k) times ``states`` (k, columns)."""
     if are_few(weight, states.shape[1]):
-        return product_of_few(states.t(), weight).t().add_(others)
+        return others.add_(product_of_few(states.t(), weight).t())
     if BY_TOKEN:
-        return torch.addmm(others.t(), states.t(), weight.t()).t()
-    return torch.addmm(others, weight, states)
+        others.t().addmm_(states.t(), weight.t())
+        return others
+    return others.addmm_(weight, states)
 
 
 def back_times(weight: Tensor, gradient: Tensor) -> Tensor:

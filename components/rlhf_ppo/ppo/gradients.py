@@ -61,7 +61,8 @@ class Gradients:
     def parameters(self) -> list[Tensor]:
         """What has a gradient, once all is added; those of a product stand next to each other."""
         learned = [weight for product in self.products for weight in product.weights]
-        return list(dict.fromkeys([*learned, *self.rows, *self.others]))
+        # By their ids: a tensor's hash is a function of Python's.
+        return list({id(parameter): parameter for parameter in (*learned, *self.rows, *self.others)}.values())
 
     @property
     def small(self) -> bool:
@@ -136,17 +137,17 @@ class Gradients:
     def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """One step of ``optimizer``, of which ``takes`` is true; returns the norm of all gradients, 0-d."""
         jobs = [(parameter, part) for parameter in self.parameters for part in _parts(parameter)]
-        groups, states = self._begin(optimizer)
+        known = self._begin(optimizer)
         norms = torch.zeros(len(jobs))
 
         def learn(job: tuple[int, tuple[Tensor, slice]]) -> None:
             number, (parameter, part) = job
             gradient = self._of(parameter, part)
             norms[number] = norm_of(gradient)
-            if parameter in groups:
-                state = states[parameter]
+            if id(parameter) in known:
+                group, state = known[id(parameter)]
                 moments = [state["exp_avg"][part]], [state["exp_avg_sq"][part]]
-                _adam(groups[parameter], [parameter[part]], [gradient], *moments, [state["step"]])
+                _adam(group, [parameter[part]], [gradient], *moments, [state["step"]])
 
         # The largest last would leave the other threads without work.
         share(sorted(enumerate(jobs), key=lambda job: -job[1][0].numel()), learn)
@@ -155,41 +156,45 @@ class Gradients:
     @torch.no_grad()
     def step_at_once(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """``step`` with all gradients in memory, for those that are ``small``; none where the norm is not finite."""
-        parameters = self.parameters
-        sizes = [parameter.numel() for parameter in parameters]
+        sizes = [parameter.numel() for parameter in self.parameters]
         whole = torch.empty(sum(sizes))
-        parts = dict(zip(parameters, whole.split(sizes), strict=True))
         place = 0
         for _, of_output, inputs in self.products:
-            count = len(of_output) * len(inputs)
-            torch.mm(of_output, inputs.t(), out=whole[place : place + count].view(len(of_output), -1))
-            place += count
+            rows, columns = of_output.shape[0], inputs.shape[0]
+            torch.mm(of_output, inputs.t(), out=whole.as_strided((rows, columns), (columns, 1), place))
+            place += rows * columns
         whole[place:] = 0
+        parts = [part.view_as(parameter) for parameter, part in zip(self.parameters, whole.split(sizes), strict=True)]
+        by_id = dict(zip(map(id, self.parameters), parts, strict=True))
         for parameter in {*self.rows, *self.others}:
-            self._add_the_rest(parts[parameter].view_as(parameter), parameter, slice(0, len(parameter)))
+            self._add_the_rest(by_id[id(parameter)], parameter, slice(0, parameter.shape[0]))
         norm = norm_of(whole)
         if not bool(torch.isfinite(norm)):
             return norm
-        groups, states = self._begin(optimizer)
+        known = self._begin(optimizer)
         for group in optimizer.param_groups:
-            of_group = [parameter for parameter in parameters if groups.get(parameter) is group]
-            if of_group:
-                of_states = [[states[parameter][name] for parameter in of_group] for name in MOMENTS]
-                _adam(group, of_group, [parts[parameter].view_as(parameter) for parameter in of_group], *of_states)
+            learned = [
+                (parameter, part, *(known[id(parameter)][1][name] for name in MOMENTS))
+                for parameter, part in zip(self.parameters, parts, strict=True)
+                if id(parameter) in known and known[id(parameter)][0] is group
+            ]
+            if learned:
+                _adam(group, *(list(of_all) for of_all in zip(*learned, strict=True)))
         return norm
 
-    def _begin(self, optimizer: Any) -> tuple[dict[Tensor, dict[str, Any]], dict[Tensor, dict[str, Any]]]:
-        """The group and the state of each parameter that ``optimizer`` has; a step is counted."""
-        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-        states = {parameter: optimizer.state[parameter] for parameter in self.parameters if parameter in groups}
-        for parameter, state in states.items():
-            if not state:
+    def _begin(self, optimizer: Any) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
+        """The group and the state of each parameter that ``optimizer`` has, by its id; a step is counted."""
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        known = {id(p): (groups[id(p)], optimizer.state[p]) for p in self.parameters if id(p) in groups}
+        for parameter in self.parameters:
+            if id(parameter) in known and not known[id(parameter)][1]:
+                state = known[id(parameter)][1]
                 state["step"] = torch.zeros(())
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        torch._foreach_add_([state["step"] for state in states.values()], 1)
+        torch._foreach_add_([state["step"] for _, state in known.values()], 1)
         # What a scheduler of torch's looks for.
         optimizer._opt_called = True
-        return groups, states
+        return known
 
 
 def norm_of(matrix: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,6 +24,7 @@ from rlhf_ppo.ppo.cpu import (
     MANY,
     are_few,
     back_times,
+    columns_of,
     laid,
     plus_times,
     product_of,
@@ -150,6 +152,7 @@ class Llama:
 
     # 1. Forward
 
+    @torch.inference_mode()
     def read(self, ids: Tensor, layout: Layout, index: Tensor, keep: bool = False) -> tuple[Tensor, Tape | None]:
         """Last hidden states (hidden, n) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
         turns = _at(self.turns(max(layout.lengths)), layout.positions[0], _filled(len(ids)))
@@ -167,6 +170,7 @@ class Llama:
             tape.last = last
         return last.states, tape
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Logits (n, vocabulary) of last hidden states (hidden, n)."""
         found = product_of(hidden.t().contiguous(), self.head)
@@ -208,7 +212,7 @@ class Llama:
         attended, saw = attention(heads)
         here = attended
         if index is not None:
-            states, here = states.index_select(1, index), attended.index_select(0, index)
+            states, here = columns_of(states, index), attended.index_select(0, index)
         middle = plus_times(states, layer.out, here.t())
         after = _normed(middle, layer.norm_after)
         both = times(layer.feed.whole, after.states)
@@ -282,6 +286,7 @@ class Decoder:
     Shorter queries stand to the right: the newest token of every row has the same column.
     """
 
+    @torch.inference_mode()
     def __init__(self, model: Llama, queries: list[Tensor], room: int) -> None:
         self.model = model
         lengths = torch.tensor([len(query) for query in queries])
@@ -300,6 +305,7 @@ class Decoder:
         self.memory = [model.head.new_zeros(shape) for _ in model.layers]
         self.turns = model.turns(self.column + room)
 
+    @torch.inference_mode()
     def start(self) -> Tensor:
         """Last hidden states (hidden, rows) at the ends of the queries."""
         model, turns = self.model, _at(self.turns, self.layout.positions[0], _filled(len(self.ids)))
@@ -314,6 +320,7 @@ class Decoder:
             states, _ = model.through(layer, states, turns, attend, ends if layer is model.layers[-1] else None)
         return _normed(states, model.norm).states
 
+    @torch.inference_mode()
     def next(self, tokens: Tensor) -> Tensor:
         """Last hidden states (hidden, rows) after ``tokens`` (rows,)."""
         model, rows, here = self.model, len(tokens), self.column
@@ -338,6 +345,7 @@ class Decoder:
             states, _ = model.through(layer, states, turns, attend)
         return _normed(states[:, :rows], model.norm).states
 
+    @torch.inference_mode()
     def batch_select_indices(self, rows: Tensor) -> None:
         """Go on with ``rows`` alone."""
         self.memory = [memory.index_select(0, rows) for memory in self.memory]
@@ -363,10 +371,17 @@ def _fill(rows: Tensor, columns: int) -> Tensor:
 
 
 def _normed(states: Tensor, norm: Any) -> Normed:
+    one, evenly = _evenly(states.shape[0])
     # (tokens,): one over the root of the mean square
-    scale = (states * states).sum(0).div_(states.shape[0]).add_(norm.variance_epsilon).rsqrt_()
+    scale = torch.addmv(one, (states * states).t(), evenly, beta=norm.variance_epsilon).rsqrt_()
     scaled = states * scale
     return Normed(scaled * norm.weight[:, None], scaled, scale)
+
+
+@cache
+def _evenly(size: int) -> tuple[Tensor, Tensor]:
+    """A one, (1,), and ``size`` equal parts of it."""
+    return torch.ones(1), torch.full((size,), 1 / size)
 
 
 def _norm_gradient(normed: Normed, norm: Any, gradient: Tensor, beside: Tensor | None, gradients: Gradients) -> Tensor:
@@ -375,7 +390,9 @@ def _norm_gradient(normed: Normed, norm: Any, gradient: Tensor, beside: Tensor |
     gradients.add(norm.weight, products.sum(1))
     along = norm.weight @ products
     of_scaled = gradient.mul_(norm.weight[:, None]).addcmul_(normed.scaled, along, value=-1 / gradient.shape[0])
-    return of_scaled.mul_(normed.scale) if beside is None else torch.addcmul(beside, of_scaled, normed.scale)
+    if beside is None:
+        return of_scaled.mul_(normed.scale)
+    return torch.addcmul(beside, of_scaled, normed.scale, out=of_scaled)
 
 
 _found: WeakKeyDictionary[nn.Module, Llama | None] = WeakKeyDictionary()

@@ -7,18 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_ppo.ppo.tensors import Reduce, masked_sum
+from rlhf_ppo.ppo.tensors import Reduce
 
 
 @dataclass(frozen=True)
 class MinibatchLoss:
-    """The loss to minimise, whether to skip it, and its statistics (0-d tensors by dashboard name)."""
+    """The loss's gradients (batch, response), whether to skip it, and its statistics (0-d tensors by dashboard name).
 
-    total: Tensor
+    ``of_logprobs`` and ``of_values`` are the gradients of ``ppo/loss/total``; zeros with ``skip``.
+    """
+
+    of_logprobs: Tensor
+    of_values: Tensor
     skip: Tensor
     stats: dict[str, Tensor]
 
 
+@torch.no_grad()
 def ppo_loss(
     *,
     logprobs: Tensor,
@@ -39,54 +44,58 @@ def ppo_loss(
 
     Schulman et al. 2017, equation 7, as in OpenAI's lm-human-preferences: means are over the masked tokens of the
     minibatch. ``skip`` is true where the mean ratio exceeds ``ratio_threshold`` or is not finite. With ``reduce`` the
-    minibatch is spread over processes: statistics and ``skip`` are the same on all of them, and the gradients of
-    ``total``, summed over processes, are those of the whole.
+    minibatch is spread over processes: statistics and ``skip`` are the same on all of them, and each has its part of
+    the gradients.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     ratio = torch.exp(log_ratio)
     clipped_ratio = ratio.clamp(1 - cliprange, 1 + cliprange)
-    policy_losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    losses, clipped_losses = -advantages * ratio, -advantages * clipped_ratio
     clipped_values = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
-    errors, clipped_errors = (values - returns) ** 2, (clipped_values - returns) ** 2
-    value_losses = torch.maximum(errors, clipped_errors)
+    distance = values - returns
+    errors, clipped_errors = distance**2, (clipped_values - returns) ** 2
+    # What is clipped is constant.
+    clipped, value_clipped = clipped_losses > losses, clipped_errors > errors
 
-    with torch.no_grad():
-        tokens = mask.sum() if reduce is None else reduce(mask.sum())
-        means = _means(
-            {
-                "ppo/loss/policy": policy_losses,
-                "ppo/loss/value": 0.5 * value_losses,
-                "ppo/policy/entropy": entropy,
-                "ppo/policy/approxkl": 0.5 * log_ratio**2,
-                "ppo/policy/policykl": -log_ratio,
-                "ppo/policy/kl3": ratio - 1 - log_ratio,
-                "ppo/policy/clipfrac": (-advantages * clipped_ratio > -advantages * ratio).float(),
-                "ppo/policy/advantages_mean": advantages,
-                "ppo/policy/ratio_mean": ratio,
-                "ppo/val/vpred": values,
-                "ppo/val/error": errors,
-                "ppo/val/clipfrac": (clipped_errors > errors).float(),
-                "ppo/val/mean": old_values,
-                "ppo/returns/mean": returns,
-            },
-            mask,
-            tokens,
-            reduce,
-        )
-        squares = {
-            "ppo/val/var": (old_values - means["ppo/val/mean"]) ** 2,
-            "ppo/returns/var": (returns - means["ppo/returns/mean"]) ** 2,
-        }
-        stats = means | _means(squares, mask, tokens - 1, reduce)
-        stats["ppo/loss/total"] = stats["ppo/loss/policy"] + vf_coef * stats["ppo/loss/value"]
-        skip = (stats["ppo/policy/ratio_mean"] > ratio_threshold) | ~torch.isfinite(stats["ppo/loss/total"])
-    total = masked_sum(policy_losses + vf_coef * 0.5 * value_losses, mask) / tokens.clamp(min=1)
-    return MinibatchLoss(total, skip, stats)
+    tokens = mask.sum() if reduce is None else reduce(mask.sum())
+    means = _means(
+        {
+            "ppo/loss/policy": torch.maximum(losses, clipped_losses),
+            "ppo/loss/value": 0.5 * torch.maximum(errors, clipped_errors),
+            "ppo/policy/entropy": entropy,
+            "ppo/policy/approxkl": 0.5 * log_ratio**2,
+            "ppo/policy/policykl": -log_ratio,
+            "ppo/policy/kl3": ratio - 1 - log_ratio,
+            "ppo/policy/clipfrac": clipped.float(),
+            "ppo/policy/advantages_mean": advantages,
+            "ppo/policy/ratio_mean": ratio,
+            "ppo/val/vpred": values,
+            "ppo/val/error": errors,
+            "ppo/val/clipfrac": value_clipped.float(),
+            "ppo/val/mean": old_values,
+            "ppo/returns/mean": returns,
+        },
+        mask,
+        tokens,
+        reduce,
+    )
+    squares = {
+        "ppo/val/var": (old_values - means["ppo/val/mean"]) ** 2,
+        "ppo/returns/var": (returns - means["ppo/returns/mean"]) ** 2,
+    }
+    stats = means | _means(squares, mask, tokens - 1, reduce)
+    stats["ppo/loss/total"] = stats["ppo/loss/policy"] + vf_coef * stats["ppo/loss/value"]
+    skip = (stats["ppo/policy/ratio_mean"] > ratio_threshold) | ~torch.isfinite(stats["ppo/loss/total"])
+    # An infinite ratio has infinite gradients: they are replaced, not multiplied by zero.
+    left_out, count = skip | ~mask, tokens.clamp(min=1)
+    of_logprobs = torch.where(left_out | clipped, 0, losses) / count
+    of_values = torch.where(left_out | value_clipped, 0, distance) * (vf_coef / count)
+    return MinibatchLoss(of_logprobs, of_values, skip, stats)
 
 
 def _means(quantities: dict[str, Tensor], mask: Tensor, count: Tensor, reduce: Reduce | None) -> dict[str, Tensor]:
     """Sums over the masked tokens of all processes, divided by ``count`` (at least 1), in one exchange."""
-    sums = torch.where(mask, torch.stack([quantity.float() for quantity in quantities.values()]), 0).sum((1, 2))
+    sums = torch.where(mask, torch.stack([*quantities.values()]), 0).sum((1, 2))
     if reduce is not None:
         sums = reduce(sums)
     return dict(zip(quantities, (sums / count.clamp(min=1)).unbind(), strict=True))

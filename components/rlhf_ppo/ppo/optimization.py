@@ -22,8 +22,8 @@ from rlhf_ppo.ppo.setup import step_unless
 from rlhf_ppo.ppo.sharding import everywhere
 from rlhf_ppo.ppo.tensors import Reduce, length_mask, pad_rows
 
-LEARNED_FROM = ("mask", "logprobs", "values", "advantages", "returns")
-"""What a minibatch needs of the experience."""
+LEARNED_FROM = ("logprobs", "values", "advantages", "returns")
+"""What a minibatch needs of the experience, beside the mask."""
 
 SKIPPED = "ppo/policy/skipped_minibatches"
 
@@ -39,7 +39,9 @@ class Minibatches:
     ) -> None:
         self.experience, self.decoder_start, self.device = experience, policy.decoder_start, device
         self.packed = padding is None and policy.packs
-        self.tables = {name: getattr(experience, name).to(device) for name in LEARNED_FROM}
+        self.mask = experience.mask.to(device)
+        # (batch, kinds, tokens)
+        self.tables = torch.stack([getattr(experience, name) for name in LEARNED_FROM], 1).to(device)
         rollout = experience.rollout
         self.whole: Sequences | None = None
         if padding is not None:
@@ -48,15 +50,16 @@ class Minibatches:
     def of(self, rows: list[int]) -> tuple[Sequences, list[int] | None, dict[str, Tensor]]:
         """The sequences of ``rows``, how many tokens each has (None: equally many), and (rows, tokens) tables."""
         chosen = torch.tensor(rows, device=self.device)
-        tables = {name: table.index_select(0, chosen) for name, table in self.tables.items()}
+        mask, tables = self.mask.index_select(0, chosen), self.tables.index_select(0, chosen)
         if self.whole is not None:
-            return self.whole.select(chosen), None, tables
+            return self.whole.select(chosen), None, _named(tables, mask)
         queries, responses = self.experience.rollout.queries, self.experience.rollout.responses
         of_rows = [queries[row] for row in rows], [responses[row] for row in rows]
         sequences = Sequences.of(*of_rows, None, self.decoder_start, self.packed)
         lengths = [len(responses[row]) for row in rows]
-        tables = {name: table[:, : max(lengths)] for name, table in tables.items()}
-        return sequences.to(self.device), None if min(lengths) == max(lengths) else lengths, tables
+        longest = max(lengths)
+        named = _named(tables[..., :longest], mask[:, :longest])
+        return sequences.to(self.device), None if min(lengths) == longest else lengths, named
 
 
 class Optimization:
@@ -88,6 +91,7 @@ class Optimization:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.padding = padding
         self.minibatches: Minibatches | None = None
+        self.written: Llama | None = None
         one, plain = accelerator.num_processes == 1, padding is None and policy.critic is None
         self.may_be_written = one and plain and policy.packs
         self.learned: Gradients | None = None
@@ -122,31 +126,31 @@ class Optimization:
         """Add up the gradients of the minibatches of ``rows``; returns how many counted, a 0-d tensor."""
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
         size, used = config.mini_batch_size, torch.zeros((), device=self.device)
-        minibatches, written = self._on_device(update.experience), self._written_out()
+        minibatches = self._on_device(update.experience)
         # What is written out has no dropout.
-        with nullcontext() if written else evaluating(self.model):
+        with nullcontext() if self.written else evaluating(self.model):
             for start in range(0, len(rows), size * world):
                 last = start + size * world >= len(rows)
                 with nullcontext() if last else self.accelerator.no_sync(self.model):
                     here = start + rank * size
-                    used = used + self._minibatch(update, minibatches, rows[here : here + size], written)
+                    used = used + self._minibatch(update, minibatches, rows[here : here + size])
         return used
 
     def _on_device(self, experience: Experience) -> Minibatches:
         if self.minibatches is None or self.minibatches.experience is not experience:
             self.minibatches = Minibatches(experience, self.padding, self.policy, self.device)
+            self.written = self._written_out()
         return self.minibatches
 
-    def _minibatch(self, update: Update, minibatches: Minibatches, rows: list[int], written: Llama | None) -> Tensor:
+    def _minibatch(self, update: Update, minibatches: Minibatches, rows: list[int]) -> Tensor:
         """Add up the gradients of a minibatch, zeros where it is skipped; returns whether it counted, a 0-d tensor."""
         config = self.config
         sequences, lengths, tables = minibatches.of(rows)
-        outputs, learn = self._forward(sequences, update.temperature, written)
+        outputs, learn = self._forward(sequences, update.temperature)
         logprobs, values, entropy = (_as_rows(flat, lengths, len(rows)) for flat in outputs)
-        of_policy, of_values = logprobs.requires_grad_(), values.requires_grad_()
         loss = ppo_loss(
-            logprobs=of_policy,
-            values=of_values,
+            logprobs=logprobs,
+            values=values,
             entropy=entropy,
             old_logprobs=tables["logprobs"],
             old_values=tables["values"],
@@ -159,14 +163,12 @@ class Optimization:
             ratio_threshold=config.ratio_threshold,
             reduce=self._reduce,
         )
-        # Each process has its part of the sum, and the processes' gradients are averaged.
-        scaled = loss.total * (self.accelerator.num_processes / config.gradient_accumulation_steps)
-        gradients = torch.autograd.grad(scaled, (of_policy, of_values))
-        if written is None or not bool(loss.skip):
-            # An infinite ratio has infinite gradients: they are replaced, not multiplied by zero.
-            chosen = [torch.where(loss.skip, 0, gradient) for gradient in gradients]
+        if self.written is None or not bool(loss.skip):
+            # Each process has its part of the sum, and the processes' gradients are averaged.
+            scale = self.accelerator.num_processes / config.gradient_accumulation_steps
             kept = None if lengths is None else length_mask(lengths, self.device)
-            learn(*(gradient.flatten() if kept is None else gradient[kept] for gradient in chosen))
+            parts = [gradient * scale for gradient in (loss.of_logprobs, loss.of_values)]
+            learn(*(part.flatten() if kept is None else part[kept] for part in parts))
         self.on.mark_step()
         update.names = [*loss.stats, SKIPPED]
         update.seen.append(torch.stack([*loss.stats.values(), loss.skip.float()]))
@@ -180,10 +182,10 @@ class Optimization:
             return None
         return written_out(self.policy.pretrained_model)
 
-    def _forward(self, sequences: Sequences, temperature: float, written: Llama | None) -> tuple[list[Tensor], Learn]:
+    def _forward(self, sequences: Sequences, temperature: float) -> tuple[list[Tensor], Learn]:
         """Log-probabilities, values and entropies (n,), and what takes the gradients of the first two."""
-        if written is not None:
-            one = Pass(written, self.policy.v_head, sequences, temperature)
+        if self.written is not None:
+            one = Pass(self.written, self.policy.v_head, sequences, temperature)
             return [one.logprobs, one.values, one.entropy], lambda *gradients: self._learn(one.learn(*gradients))
         # A model that accelerate prepared does this by itself.
         with self.accelerator.autocast() if self.sharded else nullcontext():
@@ -231,6 +233,11 @@ class Optimization:
 
     def _permutation(self, size: int) -> list[int]:
         return torch.randperm(size, generator=self.generator).tolist()
+
+
+def _named(tables: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """``tables`` (rows, kinds, tokens) by their names, and the mask."""
+    return {**dict(zip(LEARNED_FROM, tables.unbind(1), strict=True)), "mask": mask}
 
 
 def _as_rows(flat: Tensor, lengths: list[int] | None, rows: int) -> Tensor:

@@ -16,7 +16,7 @@ from rlhf_ppo.ppo.tensors import logits_gradient, softmax_of
 class Pass:
     """Log-probabilities, values and entropies (n,) of the response tokens of packed ``sequences``; no autograd."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __init__(self, model: Llama, value_head: ValueHead, sequences: Sequences, temperature: float) -> None:
         assert sequences.layout is not None
         self.model, self.value_head, self.sequences, self.temperature = model, value_head, sequences, temperature
@@ -25,7 +25,7 @@ class Pass:
         self.logprobs, self.entropy, self.probs = softmax_of(model.logits(self.hidden, temperature), sequences.tokens)
         self.values = value_head(self.hidden.t())
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def learn(self, of_logprobs: Tensor, of_values: Tensor) -> Gradients:
         """What all weights have of the gradients (n,) of log-probabilities and values; uses this pass up."""
         assert self.tape is not None

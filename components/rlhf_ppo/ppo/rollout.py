@@ -19,8 +19,8 @@ from rlhf_ppo.ppo.tensors import logprob_and_entropy, token_logprobs
 SCORING_TOKENS = 1024
 """Padded tokens in one forward pass without gradients: bounds the memory of its logits."""
 
-LOGITS = 64
-"""Tokens whose logits are computed at once, on a CPU: more than fit its cache are slower, and so is fresh memory."""
+LOGITS = 3 << 20
+"""Logits that are computed at once, on a CPU: more than fit its cache are slower, and so is fresh memory."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def response_logprobs(
             if written is not None:
                 assert sequences.layout is not None
                 hidden, _ = written.read(sequences.input_ids[0], sequences.layout, sequences.index)
-                parts = zip(hidden.split(LOGITS, 1), sequences.tokens.split(LOGITS), strict=True)
+                size = max(LOGITS // len(written.head), 1)
+                parts = zip(hidden.split(size, 1), sequences.tokens.split(size), strict=True)
                 logprobs = torch.cat([token_logprobs(written.logits(one, temperature), two) for one, two in parts])
             elif scorer is not None:
                 logprobs = scorer(
