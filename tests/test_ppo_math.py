@@ -298,7 +298,8 @@ def test_a_token_is_where_the_sum_of_the_distribution_passes_its_number() -> Non
     sums = probs.double().cumsum(-1)
     expected = [int((row <= number * row[-1]).sum()) for row, number in zip(sums, uniform, strict=True)]
     assert _where_cumulative(probs, uniform).squeeze(1).tolist() == expected
-    assert len({place // 512 for place in expected}) == 3
+    # Places come in 26 blocks of 50.
+    assert len({place // 50 for place in expected}) > 10
     ends = _where_cumulative(probs[:2], torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert ends.flatten().tolist() == [0, 1299]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -55,14 +56,15 @@ class Attention:
                 ends[of] += len(sequences) * count * longest
                 if of == HEADS:
                     self.sizes.append(len(sequences) * count * longest)
-        # The same of each token, (tokens, 1)
-        repeats, positions = torch.tensor(lengths), layout.positions[0]
-        span = torch.tensor(spans).repeat_interleave(repeats)[:, None]
-        query, key, value, found = (torch.tensor(places).repeat_interleave(repeats, 1) + positions)[..., None]
-        of_queries, of_keys = span * torch.arange(queries), span * torch.arange(keys)
-        self.together = torch.cat([query + of_queries, key + of_keys, value + of_keys], 1).flatten()
-        self.found_together = (found + of_queries).flatten()
-        self.apart, self.found_apart = _back(self.together, ends[HEADS]), _back(self.found_together, ends[FOUND])
+        # The same of each token, (tokens, 1), by numpy, whose calls are short
+        positions = layout.positions[0].numpy()
+        span = numpy.repeat(spans, lengths)[:, None]
+        query, key, value, found = (numpy.repeat(places, lengths, 1) + positions)[..., None]
+        of_queries, of_keys = span * numpy.arange(queries), span * numpy.arange(keys)
+        together = numpy.concatenate([query + of_queries, key + of_keys, value + of_keys], 1).ravel()
+        found_together = (found + of_queries).ravel()
+        self.together, self.found_together = torch.from_numpy(together), torch.from_numpy(found_together)
+        self.apart, self.found_apart = _back(together, ends[HEADS]), _back(found_together, ends[FOUND])
         # What padding finds is not read, and nobody learns from it.
         self.real: Tensor | None = None
         if len(self.found_apart) > len(self.found_together):
@@ -177,9 +179,11 @@ def alike(lengths: list[int], heads: int) -> list[list[int]]:
     return groups
 
 
-def _back(places: Tensor, count: int) -> Tensor:
-    """(count,): which of ``places`` is each; the first one where none is, which is padding."""
-    return places.new_zeros(count).index_copy_(0, places, torch.arange(len(places)))
+def _back(places: Any, count: int) -> Tensor:
+    """(count,): which of ``places``, an array, is each; the first one where none is, which is padding."""
+    found = numpy.zeros(count, dtype=numpy.int64)
+    found[places] = numpy.arange(len(places))
+    return torch.from_numpy(found)
 
 
 def _chosen(rows: Tensor, places: Tensor, count: int) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,9 +34,6 @@ ASKED_EVERY = 8
 
 PREPACKED_FROM = 8
 """The tokens from which it pays, on a CPU, to lay the weights out for sampling."""
-
-BLOCK = 512
-"""Places of a distribution that are summed one by one, in the block that the token is in."""
 
 
 @dataclass(frozen=True)
@@ -351,18 +350,26 @@ def _where_cumulative(weights: Tensor, uniform: Tensor) -> Tensor:
     Block by block, for a sum of all places in fp64 costs more than all else here.
     """
     rows, places = weights.shape
-    missing = -places % BLOCK
-    blocks = (pad(weights, (0, missing)) if missing else weights).view(rows, -1, BLOCK)
+    size = _block(places)
+    missing = -places % size
+    blocks = (pad(weights, (0, missing)) if missing else weights).view(rows, -1, size)
     ends = blocks.sum(-1).to(uniform.dtype).cumsum(-1)
     threshold = uniform[:, None] * ends[:, -1:]
     block = torch.searchsorted(ends, threshold, right=True).clamp(max=ends.shape[1] - 1)
     before = pad(ends, (1, 0)).gather(1, block)
-    here = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)]
+    here = blocks.gather(1, block[..., None].expand(-1, -1, size)).squeeze(1)
     within = before + here.cumsum(-1, dtype=uniform.dtype)
     # The two sums of a block round differently: beyond the last place that adds something is none.
     last = torch.searchsorted(within, within[:, -1:].contiguous())
-    found = block * BLOCK + torch.minimum(torch.searchsorted(within, threshold, right=True), last)
+    found = block * size + torch.minimum(torch.searchsorted(within, threshold, right=True), last)
     return found.clamp(max=places - 1)  # where weights are NaN, no sum exceeds anything
+
+
+@cache
+def _block(places: int) -> int:
+    """Places that are summed one by one, in a token's block: the least divisor from the root on, if not far from it."""
+    root = math.isqrt(places)
+    return next((size for size in range(max(root, 1), 4 * root) if places % size == 0), 512)
 
 
 def _restricted(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -18,8 +18,6 @@ MOST = 1 << 22
 """Numbers of a weight that is learned at once; of a larger one (embeddings) as many rows as have fewer."""
 SMALL = 1 << 18
 """Numbers of a weight whose gradient may as well be in memory."""
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""What Adam knows of a parameter, as torch names it."""
 
 
 class Product(NamedTuple):
@@ -136,16 +134,15 @@ class Gradients:
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """One step of ``optimizer``, of which ``takes`` is true; returns the norm of all gradients, 0-d."""
-        jobs = [(parameter, part) for parameter in self.parameters for part in _parts(parameter)]
-        known = self._begin(optimizer)
+        known = zip(self.parameters, self._begin(optimizer), strict=True)
+        jobs = [(parameter, part, *of_it) for parameter, of_it in known for part in _parts(parameter)]
         norms = torch.zeros(len(jobs))
 
-        def learn(job: tuple[int, tuple[Tensor, slice]]) -> None:
-            number, (parameter, part) = job
+        def learn(job: tuple[int, tuple[Tensor, slice, Any, Any]]) -> None:
+            number, (parameter, part, group, state) = job
             gradient = self._of(parameter, part)
             norms[number] = norm_of(gradient)
-            if id(parameter) in known:
-                group, state = known[id(parameter)]
+            if group is not None:
                 moments = [state["exp_avg"][part]], [state["exp_avg_sq"][part]]
                 _adam(group, [parameter[part]], [gradient], *moments, [state["step"]])
 
@@ -160,9 +157,9 @@ class Gradients:
         whole = torch.empty(sum(sizes))
         place = 0
         for _, of_output, inputs in self.products:
-            rows, columns = of_output.shape[0], inputs.shape[0]
-            torch.mm(of_output, inputs.t(), out=whole.as_strided((rows, columns), (columns, 1), place))
-            place += rows * columns
+            shape = of_output.shape[0], inputs.shape[0]
+            torch.mm(of_output, inputs.t(), out=whole.as_strided(shape, (shape[1], 1), place))
+            place += shape[0] * shape[1]
         whole[place:] = 0
         parts = [part.view_as(parameter) for parameter, part in zip(self.parameters, whole.split(sizes), strict=True)]
         by_id = dict(zip(map(id, self.parameters), parts, strict=True))
@@ -171,30 +168,30 @@ class Gradients:
         norm = norm_of(whole)
         if not bool(torch.isfinite(norm)):
             return norm
-        known = self._begin(optimizer)
-        for group in optimizer.param_groups:
-            learned = [
-                (parameter, part, *(known[id(parameter)][1][name] for name in MOMENTS))
-                for parameter, part in zip(self.parameters, parts, strict=True)
-                if id(parameter) in known and known[id(parameter)][0] is group
-            ]
-            if learned:
-                _adam(group, *(list(of_all) for of_all in zip(*learned, strict=True)))
+        learned: dict[int, tuple[Any, list[Any]]] = {}
+        for parameter, part, (group, state) in zip(self.parameters, parts, self._begin(optimizer), strict=True):
+            if group is not None:
+                row = parameter, part, state["exp_avg"], state["exp_avg_sq"], state["step"]
+                learned.setdefault(id(group), (group, []))[1].append(row)
+        for group, rows in learned.values():
+            _adam(group, *map(list, zip(*rows, strict=True)))
         return norm
 
-    def _begin(self, optimizer: Any) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
-        """The group and the state of each parameter that ``optimizer`` has, by its id; a step is counted."""
+    def _begin(self, optimizer: Any) -> list[tuple[Any, Any]]:
+        """The group and the state of each of the parameters, None where ``optimizer`` lacks it; a step is counted."""
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        known = {id(p): (groups[id(p)], optimizer.state[p]) for p in self.parameters if id(p) in groups}
+        found = []
         for parameter in self.parameters:
-            if id(parameter) in known and not known[id(parameter)][1]:
-                state = known[id(parameter)][1]
+            group = groups.get(id(parameter))
+            state = None if group is None else optimizer.state[parameter]
+            if state is not None and not state:
                 state["step"] = torch.zeros(())
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        torch._foreach_add_([state["step"] for _, state in known.values()], 1)
+            found.append((group, state))
+        torch._foreach_add_([state["step"] for _, state in found if state is not None], 1)
         # What a scheduler of torch's looks for.
         optimizer._opt_called = True
-        return known
+        return found
 
 
 def norm_of(matrix: Tensor) -> Tensor:

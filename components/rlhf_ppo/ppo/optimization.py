@@ -32,7 +32,7 @@ Learn = Callable[[Tensor, Tensor], None]
 
 
 class Minibatches:
-    """The batch of an update on the device; with ``padding`` all of it, ready, so that minibatches are only chosen."""
+    """The batch of an update; packed, or with ``padding``, its sequences are ready, and those of minibatches chosen."""
 
     def __init__(
         self, experience: Experience, padding: Padding | None, policy: PolicyWithValueHead, device: torch.device
@@ -44,19 +44,24 @@ class Minibatches:
         self.tables = torch.stack([getattr(experience, name) for name in LEARNED_FROM], 1).to(device)
         rollout = experience.rollout
         self.whole: Sequences | None = None
-        if padding is not None:
-            self.whole = Sequences.of(rollout.queries, rollout.responses, padding, policy.decoder_start).to(device)
+        if padding is not None or self.packed:
+            given = rollout.queries, rollout.responses, padding, policy.decoder_start, self.packed
+            self.whole = Sequences.of(*given).to(device if padding else torch.device("cpu"))
 
     def of(self, rows: list[int]) -> tuple[Sequences, list[int] | None, dict[str, Tensor]]:
         """The sequences of ``rows``, how many tokens each has (None: equally many), and (rows, tokens) tables."""
         chosen = torch.tensor(rows, device=self.device)
         mask, tables = self.mask.index_select(0, chosen), self.tables.index_select(0, chosen)
-        if self.whole is not None:
+        if self.whole is not None and self.whole.static:
             return self.whole.select(chosen), None, _named(tables, mask)
         queries, responses = self.experience.rollout.queries, self.experience.rollout.responses
-        of_rows = [queries[row] for row in rows], [responses[row] for row in rows]
-        sequences = Sequences.of(*of_rows, None, self.decoder_start, self.packed)
-        lengths = [len(responses[row]) for row in rows]
+        if self.whole is not None:
+            sequences = self.whole.of_rows(rows)
+        else:
+            sequences = Sequences.of(
+                [queries[row] for row in rows], [responses[row] for row in rows], None, self.decoder_start
+            )
+        lengths = [responses[row].shape[0] for row in rows]
         longest = max(lengths)
         named = _named(tables[..., :longest], mask[:, :longest])
         return sequences.to(self.device), None if min(lengths) == longest else lengths, named

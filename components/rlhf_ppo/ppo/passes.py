@@ -22,7 +22,7 @@ class Pass:
         self.model, self.value_head, self.sequences, self.temperature = model, value_head, sequences, temperature
         self.hidden, self.tape = model.read(sequences.input_ids[0], sequences.layout, sequences.index, keep=True)
         # Logits have no name here: they are free as soon as they are read.
-        self.logprobs, self.entropy, self.probs = softmax_of(model.logits(self.hidden, temperature), sequences.tokens)
+        self.logprobs, self.entropy, self.softmax = softmax_of(model.logits(self.hidden, temperature), sequences.tokens)
         self.values = value_head(self.hidden.t())
 
     @torch.inference_mode()
@@ -30,7 +30,7 @@ class Pass:
         """What all weights have of the gradients (n,) of log-probabilities and values; uses this pass up."""
         assert self.tape is not None
         gradients, summary = Gradients(), self.value_head.summary
-        of_logits = logits_gradient(of_logprobs, self.probs, self.sequences.tokens).t()
+        of_logits = logits_gradient(of_logprobs, self.softmax, self.sequences.tokens).t()
         if self.temperature != 1.0:
             of_logits.div_(self.temperature)
         gradients.add_products([self.model.head], of_logits, self.hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ class Sequences:
     attention mask and padding changes nothing; an encoder has ``encoder_mask`` (batch, length), and the decoder reads
     ``decoder_ids`` (batch, response): the start token and the response without its last.
 
-    Packed sequences stand end to end in one row, (1, tokens), as ``layout`` says, for models that can read that.
+    Packed sequences stand end to end in one row, (1, tokens), as ``layout`` says, for models that can read that; each
+    has a response of ``lengths`` tokens.
 
     With static shapes (``static``) every row has as many entries in ``index`` and ``tokens``: those beyond its response
     mean nothing.
@@ -59,6 +61,7 @@ class Sequences:
     decoder_ids: Tensor | None = None
     static: bool = False
     layout: Layout | None = None
+    lengths: list[int] | None = None
 
     @classmethod
     def of(
@@ -85,9 +88,9 @@ class Sequences:
             # Nothing comes after a response's last token.
             read = [part for pair in zip(queries, responses, strict=True) for part in (pair[0], pair[1][:-1])]
             both = zip(query_lengths, lengths, strict=True)
-            layout, ids = Layout.of([query + max(response - 1, 0) for query, response in both]), torch.cat(read)[None]
-            starts = [start + query - 1 for start, query in zip(layout.starts, query_lengths, strict=True)]
-            return cls(ids, runs(starts, lengths), tokens, layout=layout)
+            return cls._packed(
+                torch.cat(read), [query + max(response - 1, 0) for query, response in both], tokens, lengths
+            )
         if decoder_start is None:
             rows = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
             ids = pad_rows(rows, 0, padding.total if padding else None)
@@ -104,6 +107,24 @@ class Sequences:
             length_mask(query_lengths, width=queries_ids.shape[1]).long(),
             decoder_ids,
             padding is not None,
+        )
+
+    @classmethod
+    def _packed(cls, ids: Tensor, read: list[int], tokens: Tensor, lengths: list[int]) -> Sequences:
+        """Rows of which ``read`` tokens of ``ids`` (tokens,) are read, to predict ``lengths`` of ``tokens`` (n,)."""
+        layout = Layout.of(read)
+        ends = zip(layout.starts, read, lengths, strict=True)
+        index = runs([start + count - max(length, 1) for start, count, length in ends], lengths)
+        return cls(ids[None], index, tokens, layout=layout, lengths=lengths)
+
+    def of_rows(self, rows: list[int]) -> Sequences:
+        """The packed ``rows``."""
+        assert self.layout is not None and self.lengths is not None
+        firsts = list(accumulate(self.lengths, initial=0))
+        read, lengths = [self.layout.lengths[row] for row in rows], [self.lengths[row] for row in rows]
+        ids = self.input_ids[0].index_select(0, runs([self.layout.starts[row] for row in rows], read))
+        return self._packed(
+            ids, read, self.tokens.index_select(0, runs([firsts[row] for row in rows], lengths)), lengths
         )
 
     def to(self, device: torch.device) -> Sequences:

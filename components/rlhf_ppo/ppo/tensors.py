@@ -6,8 +6,9 @@ Masked-out entries never enter a result, not even as inf or nan: they are replac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -34,9 +35,11 @@ def length_mask(lengths: Sequence[int], device: torch.device | None = None, widt
 
 def runs(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """``lengths[i]`` numbers that count up from ``starts[i]``, for all i."""
-    counts = torch.tensor(lengths)
-    ends = counts.cumsum(0)
-    return torch.arange(int(ends[-1])) + (torch.tensor(starts) - ends + counts).repeat_interleave(counts)
+    # Many small operations: numpy's calls are short.
+    counts = numpy.array(lengths, dtype=numpy.int64)
+    ends = counts.cumsum()
+    first = numpy.array(starts, dtype=numpy.int64) - ends + counts
+    return torch.from_numpy(numpy.arange(counts.sum()) + first.repeat(counts))
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -68,38 +71,48 @@ def whiten(values: Tensor, mask: Tensor, *, center: bool = True) -> Tensor:
     return torch.where(mask, scaled if center else scaled + mean, 0)
 
 
-def softmax_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of ``tokens`` (n,), entropies in nats (n,) and probabilities, of ``logits`` (n, vocabulary).
+class Softmax(NamedTuple):
+    """Probabilities (n, vocabulary) as ``weights``, and the ``sums`` (n,) that they are to be divided by."""
+
+    weights: Tensor
+    sums: Tensor
+
+
+def softmax_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Softmax]:
+    """Log-probabilities of ``tokens`` (n,), entropies in nats (n,) and the softmax, of ``logits`` (n, vocabulary).
 
     Each sum over the vocabulary is one of torch's that loses little: in fp32 log_softmax and einsum are off by ten
     times as much. A CPU takes as many rows at a time as stay in its cache.
     """
     rows = max(AT_ONCE // logits.shape[-1], 1)
-    if logits.device.type != "cpu" or len(logits) <= rows:
-        return _softmax_of(logits, tokens)
-    whole = torch.empty_like(logits)
-    parts = zip(logits.split(rows), tokens.split(rows), whole.split(rows), strict=True)
-    found = [_softmax_of(*part)[:2] for part in parts]
-    logprobs, entropies = (torch.cat(of_rows) for of_rows in zip(*found, strict=True))
-    return logprobs, entropies, whole
+    weights = torch.empty_like(logits)
+    if logits.device.type != "cpu" or logits.shape[0] <= rows:
+        largest, sums, products = _read(logits, weights)
+    else:
+        parts = [_read(*part) for part in zip(logits.split(rows), weights.split(rows), strict=True)]
+        largest, sums, products = (torch.cat(of_rows) for of_rows in zip(*parts, strict=True))
+    logsumexp = sums.log()
+    logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - largest - logsumexp
+    # entropy = logsumexp - E[logits]
+    return logprobs, logsumexp - products / sums, Softmax(weights, sums)
 
 
-def _softmax_of(logits: Tensor, tokens: Tensor, into: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``softmax_of``, all at once; probabilities go ``into`` that."""
-    shifted = logits - logits.amax(-1, keepdim=True)
-    probs = torch.exp(shifted, out=into)
-    sums = probs.sum(-1, keepdim=True)
-    logsumexp = sums.log().squeeze(-1)
-    logprobs = shifted.gather(-1, tokens[:, None]).squeeze(-1) - logsumexp
-    probs.div_(sums)
-    # entropy = logsumexp - E[logits]; entries of -inf have probability 0 and count nothing
+def _read(logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the largest, the sum of exp(logit - largest), which is written to ``weights``, and of its products.
+
+    Those are products of weight and logit - largest; entries of -inf count nothing.
+    """
+    largest = logits.amax(-1)
+    shifted = logits - largest[:, None]
+    torch.exp(shifted, out=weights)
     shifted.clamp_(min=torch.finfo(shifted.dtype).min)
-    return logprobs, logsumexp - torch.linalg.vecdot(probs, shifted), probs
+    return largest, weights.sum(-1), torch.linalg.vecdot(weights, shifted)
 
 
-def logits_gradient(gradient: Tensor, probs: Tensor, tokens: Tensor) -> Tensor:
-    """That of the logits (n, vocabulary) from that of the log-probabilities (n,); ``probs`` is written to."""
-    return probs.mul_(-gradient[:, None]).scatter_add_(-1, tokens[:, None], gradient[:, None])
+def logits_gradient(gradient: Tensor, softmax: Softmax, tokens: Tensor) -> Tensor:
+    """That of the logits (n, vocabulary) from that of the log-probabilities (n,); the weights are written to."""
+    weights, sums = softmax
+    return weights.mul_((gradient / sums).neg_()[:, None]).scatter_add_(-1, tokens[:, None], gradient[:, None])
 
 
 class _LogprobAndEntropy(torch.autograd.Function):
@@ -107,15 +120,15 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, probs = softmax_of(logits, tokens)
-        ctx.save_for_backward(probs, tokens)
+        logprobs, entropy, softmax = softmax_of(logits, tokens)
+        ctx.save_for_backward(*softmax, tokens)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        probs, tokens = ctx.saved_tensors
-        return logits_gradient(gradient, probs, tokens), None
+        *softmax, tokens = ctx.saved_tensors
+        return logits_gradient(gradient, Softmax(*softmax), tokens), None
 
 
 def logprob_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
