@@ -179,7 +179,7 @@ def test_states_lie_as_the_processor_wants_them(by_token: bool, monkeypatch: pyt
     for kept in one.tape.layers:
         seen += [kept.before.states, kept.before.scaled, kept.after.states, kept.gate_and_up, kept.active]
     one.learn(torch.ones(len(one.logprobs)), torch.ones(len(one.logprobs)))
-    assert len(seen) == 5 * 2 + 2 * 5 and {states.t().is_contiguous() for states in seen} == {by_token}
+    assert len(seen) == 5 * 2 + 2 * 5 and {states.is_contiguous() for states in seen} == {by_token}
 
 
 def test_sequences_attend_beside_those_of_about_their_length_where_that_saves_more_than_it_costs() -> None:
@@ -313,10 +313,10 @@ def test_of_weights_in_one_piece_those_that_are_frozen_learn_nothing() -> None:
 def test_no_norm_of_all_gradients_exceeds_the_bound() -> None:
     # One token: the norm of each product is that of its factors, and the bound of one alone is too small.
     found, weights = Gradients(), [nn.Parameter(torch.zeros(3, 2)) for _ in range(3)]
-    found.add_products(weights[:2], torch.ones(6, 1), torch.ones(2, 1))
-    found.add_products(weights[2:], torch.ones(3, 1), torch.ones(2, 1))
+    found.add_products(weights[:2], torch.ones(1, 6), torch.ones(1, 2))
+    found.add_products(weights[2:], torch.ones(1, 3), torch.ones(1, 2))
     assert 18**0.5 <= found.bound() < 2 * 18**0.5
-    found.add_rows(weights[2], torch.tensor([1]), torch.full((2, 1), 100.0))
+    found.add_rows(weights[2], torch.tensor([1]), torch.full((1, 2), 100.0))
     assert found.bound() >= 20000**0.5
 
 

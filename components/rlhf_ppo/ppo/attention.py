@@ -63,12 +63,18 @@ class Attention:
         of_queries, of_keys = span * numpy.arange(queries), span * numpy.arange(keys)
         together = numpy.concatenate([query + of_queries, key + of_keys, value + of_keys], 1).ravel()
         found_together = (found + of_queries).ravel()
-        self.together, self.found_together = torch.from_numpy(together), torch.from_numpy(found_together)
-        self.apart, self.found_apart = _back(together, ends[HEADS]), _back(found_together, ends[FOUND])
-        # What padding finds is not read, and nobody learns from it.
+        self.together = torch.from_numpy(together)
+        # What columns more find is what the first token does: nobody asks.
+        self.found_together = torch.from_numpy(numpy.pad(found_together, (0, columns * queries - len(found_together))))
+        # What padding finds is not read, and nobody learns from it: it has the gradient of a column more, or none.
+        more = columns > len(positions)
+        self.apart = _back(together, ends[HEADS])
+        self.found_apart = _back(found_together, ends[FOUND], len(found_together) if more else 0)
         self.real: Tensor | None = None
-        if len(self.found_apart) > len(self.found_together):
-            self.real = torch.zeros(ends[FOUND], 1).index_fill_(0, self.found_together, 1)
+        if len(self.found_apart) > len(found_together) and not more:
+            real = numpy.zeros((ends[FOUND], 1), dtype=numpy.float32)
+            real[found_together] = 1
+            self.real = torch.from_numpy(real)
 
     def __call__(self, heads: Tensor) -> tuple[Tensor, Any]:
         """What the queries found, (columns, queries * size), and what ``gradient`` needs."""
@@ -77,7 +83,7 @@ class Attention:
         found = heads.new_empty(self.found_apart.shape[0], size)
         each = zip(self.groups, parts, self._split(found), strict=True)
         saw = [group.attend(query, key, value, into) for group, (query, key, value), into in each]
-        return _chosen(found, self.found_together, self.columns * self.queries).view(self.columns, -1), saw
+        return found.index_select(0, self.found_together).view(self.columns, -1), saw
 
     def gradient(self, saw: Any, attended: Tensor, gradient: Tensor) -> Tensor:
         """That of the heads from that of ``attended``."""
@@ -93,7 +99,10 @@ class Attention:
             self.groups, saw, found, self._split(of_found), self._of_groups(of_heads), strict=True
         ):
             group.gradient(*of, *parts)
-        return _chosen(of_heads, self.together, self.columns * self.heads).view(self.columns, self.heads, size)
+        whole, known = gradient.new_empty(self.columns * self.heads, size), self.together.shape[0]
+        torch.index_select(of_heads, 0, self.together, out=whole[:known])
+        whole[known:] = 0
+        return whole.view(self.columns, self.heads, size)
 
     def _split(self, found: Tensor) -> Any:
         """The queries' rows of each group."""
@@ -179,17 +188,8 @@ def alike(lengths: list[int], heads: int) -> list[list[int]]:
     return groups
 
 
-def _back(places: Any, count: int) -> Tensor:
-    """(count,): which of ``places``, an array, is each; the first one where none is, which is padding."""
-    found = numpy.zeros(count, dtype=numpy.int64)
+def _back(places: Any, count: int, padding: int = 0) -> Tensor:
+    """(count,): which of ``places``, an array, is each; ``padding`` where none is."""
+    found = numpy.full(count, padding)
     found[places] = numpy.arange(len(places))
     return torch.from_numpy(found)
-
-
-def _chosen(rows: Tensor, places: Tensor, count: int) -> Tensor:
-    """``count`` rows: those that ``places`` names, and zeros."""
-    found, known = rows.new_empty(count, rows.shape[1]), places.shape[0]
-    torch.index_select(rows, 0, places, out=found[:known])
-    if known < count:
-        found[known:].zero_()
-    return found

@@ -22,13 +22,13 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 BLOCK = 32, 96 if AVX512 else 768
 """Rows of a weight that are multiplied at a time: the fewest, and the most."""
 MANY = 16
-"""A weight times fewer columns takes MKL as long as times that many, but for a single one."""
+"""Fewer tokens times a weight take MKL as long as that many, but for a single one."""
 BY_BLOCKS = 15 if AVX512 else 128
 """States up to which a product for each block is at least as fast as oneDNN's."""
 LEAST_WEIGHTS = 1 << 16
 """Weights of a layer from which oneDNN is worth the call."""
 BY_TOKEN = AVX512
-"""Whether states (n, tokens) lie in memory token by token: there MKL's gradients of states are faster so."""
+"""Whether states (tokens, n) lie in memory token by token: there MKL's gradients of states are faster so."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 KEPT = 32 << 20
@@ -118,47 +118,46 @@ def _blocks(rows: int, threads: int, sizes: tuple[int, int]) -> int:
     return next((blocks for blocks in range(least, rows // sizes[0] + 1) if rows % blocks == 0), 2 - rows % 2)
 
 
-def are_few(weight: Tensor, columns: int) -> bool:
-    """Whether so few columns are worth a product for each block of ``weight``."""
-    return 1 < columns < MANY and weight.numel() >= LEAST_WEIGHTS
+def are_few(weight: Tensor, tokens: int) -> bool:
+    """Whether so few tokens are worth a product for each block of ``weight``."""
+    return 1 < tokens < MANY and weight.numel() >= LEAST_WEIGHTS
 
 
 def laid(states: Tensor) -> Tensor:
-    """``states`` (n, columns), which lie token by token, as this processor wants them."""
-    return states if BY_TOKEN else states.contiguous()
+    """``states`` (tokens, n), which lie token by token, as this processor wants them."""
+    return states if BY_TOKEN else states.t().contiguous().t()
 
 
-def columns_of(states: Tensor, index: Tensor) -> Tensor:
-    """The columns ``index`` (n,) of ``states``, laid as they are."""
-    return states.t().index_select(0, index).t() if BY_TOKEN else states.index_select(1, index)
+def rows_of(states: Tensor, index: Tensor) -> Tensor:
+    """The rows ``index`` of ``states`` (tokens, n), laid as they are."""
+    return states.index_select(0, index) if BY_TOKEN else states.t().index_select(1, index).t()
 
 
-def transposed_times(weight: Tensor, states: Tensor) -> Tensor:
-    """``weight`` (n, k) times ``states`` (k, columns), transposed: (columns, n)."""
-    few = are_few(weight, states.shape[1])
-    return product_of_few(states.t(), weight) if few else states.t() @ weight.t()
+def times_by_token(states: Tensor, weight: Tensor) -> Tensor:
+    """``states`` (tokens, k) times the transpose of ``weight`` (n, k), token by token: (tokens, n)."""
+    return product_of_few(states, weight) if are_few(weight, states.shape[0]) else nn.functional.linear(states, weight)
 
 
-def times(weight: Tensor, states: Tensor) -> Tensor:
-    """``weight`` (n, k) times ``states`` (k, columns)."""
-    if BY_TOKEN or are_few(weight, states.shape[1]):
-        return transposed_times(weight, states).t()
-    return weight @ states
+def times(states: Tensor, weight: Tensor) -> Tensor:
+    """``states`` (tokens, k) times the transpose of ``weight`` (n, k), laid as this processor wants it."""
+    if BY_TOKEN or are_few(weight, states.shape[0]):
+        return times_by_token(states, weight)
+    return (weight @ states.t()).t()
 
 
-def plus_times(others: Tensor, weight: Tensor, states: Tensor) -> Tensor:
-    """``others`` (n, columns), written to, plus ``weight`` (n, k) times ``states`` (k, columns)."""
-    if are_few(weight, states.shape[1]):
-        return others.add_(product_of_few(states.t(), weight).t())
+def plus_times(others: Tensor, states: Tensor, weight: Tensor) -> Tensor:
+    """``others`` (tokens, n), written to, plus ``states`` (tokens, k) times the transpose of ``weight`` (n, k)."""
+    if are_few(weight, states.shape[0]):
+        return others.add_(product_of_few(states, weight))
     if BY_TOKEN:
-        others.t().addmm_(states.t(), weight.t())
-        return others
-    return others.addmm_(weight, states)
+        return others.addmm_(states, weight.t())
+    others.t().addmm_(weight, states.t())
+    return others
 
 
-def back_times(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The transpose of ``weight`` (n, k) times ``gradient`` (n, columns): (k, columns)."""
-    return (gradient.t() @ weight).t() if BY_TOKEN else weight.t() @ gradient
+def back_times(gradient: Tensor, weight: Tensor) -> Tensor:
+    """``gradient`` (tokens, n) times ``weight`` (n, k), laid as this processor wants it."""
+    return gradient @ weight if BY_TOKEN else (weight.t() @ gradient.t()).t()
 
 
 def product_of(states: Tensor, weight: Tensor) -> Tensor:

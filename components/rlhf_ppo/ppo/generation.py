@@ -259,7 +259,7 @@ class _WrittenDecoding(_Decoding):
     def _forward(self) -> tuple[Tensor, Tensor]:
         hidden = self.cache.start() if self.first else self.cache.next(self.input_ids[:, 0])
         self.first = False
-        return self.written.logits(hidden), hidden.t()
+        return self.written.logits(hidden), hidden
 
 
 class _FixedDecoding(_Decoding):

@@ -21,7 +21,7 @@ SMALL = 1 << 18
 
 
 class Product(NamedTuple):
-    """Gradients of weights (n, k) below each other: ``of_output`` (all n, tokens) times ``inputs`` (k, tokens)."""
+    """Gradients of weights (n, k) below each other: ``of_output`` (tokens, all n), across, by ``inputs``."""
 
     weights: Sequence[Tensor]
     of_output: Tensor
@@ -37,18 +37,18 @@ class Gradients:
         self.others: dict[Tensor, Tensor] = {}
 
     def add_products(self, weights: Sequence[Tensor], of_output: Tensor, inputs: Tensor) -> None:
-        """``weights`` have the rows of ``of_output`` (n, tokens) times ``inputs`` (k, tokens), transposed, in order."""
+        """``weights`` have, in order, the rows of ``of_output`` (tokens, n), across, times ``inputs`` (tokens, k)."""
         if all(weight.requires_grad for weight in weights):
             self.products.append(Product(weights, of_output, inputs))
             return
-        for weight, part in zip(weights, of_output.split([len(weight) for weight in weights]), strict=True):
+        for weight, part in zip(weights, _apart(of_output, weights), strict=True):
             if weight.requires_grad:
                 self.products.append(Product([weight], part, inputs))
 
-    def add_rows(self, weight: Tensor, ids: Tensor, columns: Tensor) -> None:
-        """The rows ``ids`` (tokens,) of ``weight`` (n, k) have ``columns`` (k, tokens)."""
+    def add_rows(self, weight: Tensor, ids: Tensor, rows: Tensor) -> None:
+        """The rows ``ids`` (tokens,) of ``weight`` (n, k) have ``rows`` (tokens, k)."""
         if weight.requires_grad:
-            self.rows[weight] = (ids, columns.t())
+            self.rows[weight] = (ids, rows)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
         """``parameter`` has ``gradient``."""
@@ -105,8 +105,7 @@ class Gradients:
         """What the gradient of each weight is the product of."""
         found: dict[Tensor, tuple[Tensor, Tensor]] = {}
         for weights, of_output, inputs in self.products:
-            parts = of_output.split([len(weight) for weight in weights])
-            found |= {weight: (part, inputs) for weight, part in zip(weights, parts, strict=True)}
+            found |= {weight: (part, inputs) for weight, part in zip(weights, _apart(of_output, weights), strict=True)}
         return found
 
     def _of(self, parameter: Tensor, part: slice) -> Tensor:
@@ -114,7 +113,7 @@ class Gradients:
         found = torch.empty_like(parameter[part])
         if parameter in self._factors:
             of_output, inputs = self._factors[parameter]
-            torch.mm(of_output[part], inputs.t(), out=found)
+            torch.mm(of_output[:, part].t(), inputs, out=found)
         else:
             found.zero_()
         self._add_the_rest(found, parameter, part)
@@ -153,15 +152,18 @@ class Gradients:
     @torch.no_grad()
     def step_at_once(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """``step`` with all gradients in memory, for those that are ``small``; none where the norm is not finite."""
-        sizes = [parameter.numel() for parameter in self.parameters]
-        whole = torch.empty(sum(sizes))
+        whole = torch.empty(sum(parameter.numel() for parameter in self.parameters))
+        parts: list[Tensor] = []
         place = 0
-        for _, of_output, inputs in self.products:
-            shape = of_output.shape[0], inputs.shape[0]
-            torch.mm(of_output, inputs.t(), out=whole.as_strided(shape, (shape[1], 1), place))
+        for weights, of_output, inputs in self.products:
+            shape = of_output.shape[1], inputs.shape[1]
+            found = whole.as_strided(shape, (shape[1], 1), place)
+            torch.mm(of_output.t(), inputs, out=found)
+            parts += [found] if len(weights) == 1 else found.split([weight.shape[0] for weight in weights])
             place += shape[0] * shape[1]
-        whole[place:] = 0
-        parts = [part.view_as(parameter) for parameter, part in zip(self.parameters, whole.split(sizes), strict=True)]
+        rest = self.parameters[len(parts) :]
+        others = whole[place:].zero_().split([parameter.numel() for parameter in rest])
+        parts += [part.view_as(parameter) for parameter, part in zip(rest, others, strict=True)]
         by_id = dict(zip(map(id, self.parameters), parts, strict=True))
         for parameter in {*self.rows, *self.others}:
             self._add_the_rest(by_id[id(parameter)], parameter, slice(0, parameter.shape[0]))
@@ -192,6 +194,11 @@ class Gradients:
         # What a scheduler of torch's looks for.
         optimizer._opt_called = True
         return found
+
+
+def _apart(of_output: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What each of ``weights`` (n, k) has of ``of_output`` (tokens, all n)."""
+    return of_output.split([weight.shape[0] for weight in weights], 1)
 
 
 def norm_of(matrix: Tensor) -> Tensor:

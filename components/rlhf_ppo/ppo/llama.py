@@ -1,9 +1,9 @@
 """Models of Llama's type on a CPU: their forward pass and its gradient, written out.
 
-States are (hidden, tokens), and lie in memory as the processor wants them (``cpu.BY_TOKEN``): on one kind a weight
-times the states, read as it lies, is a third faster than the states times a weight, on another the gradient of states
-is faster token by token (docs/performance.md). Each pass is a short list of large operations. The gradient of a weight
-is left as the two matrices that it is the product of (``Gradients``).
+States are (tokens, hidden), and lie in memory as the processor wants them (``cpu.BY_TOKEN``): on one kind token by
+token, on another number by number, for there a weight times such states is a third faster (docs/performance.md). Each
+pass is a short list of large operations. The gradient of a weight is left as the two matrices that it is the product of
+(``Gradients``).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from rlhf_ppo.ppo.cpu import (
     MANY,
     are_few,
     back_times,
-    columns_of,
     laid,
     plus_times,
     product_of,
+    rows_of,
     times,
-    transposed_times,
+    times_by_token,
 )
 from rlhf_ppo.ppo.gradients import Gradients
 from rlhf_ppo.ppo.packing import AGREEMENT, Layout
@@ -41,7 +41,7 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings that don't depend on how long a text is."""
 
 WIDTH = 8
-"""Columns come in multiples of that, where there are many: a product by MKL takes no longer for them."""
+"""Tokens come in multiples of that, where there are many: a product by MKL takes no longer for them."""
 
 _silu_gradient = torch.ops.aten.silu_backward.grad_input
 
@@ -50,7 +50,7 @@ Attend = Callable[[Tensor], tuple[Tensor, Any]]
 
 
 class Normed(NamedTuple):
-    """What a norm gives, (hidden, tokens): ``states`` are ``scaled`` times its weight, and those given ``scale``d."""
+    """What a norm gives: ``states`` are ``scaled`` times its weight, and those given times ``scale`` (tokens, 1)."""
 
     states: Tensor
     scaled: Tensor
@@ -59,7 +59,7 @@ class Normed(NamedTuple):
 
 @dataclass
 class Kept:
-    """What one layer's gradient needs of its forward pass: (n, tokens), but for ``attended`` and what it ``saw``."""
+    """What one layer's gradient needs of its forward pass, (tokens, n), but for what attention ``saw``."""
 
     before: Normed
     attended: Tensor
@@ -154,7 +154,7 @@ class Llama:
 
     @torch.inference_mode()
     def read(self, ids: Tensor, layout: Layout, index: Tensor, keep: bool = False) -> tuple[Tensor, Tape | None]:
-        """Last hidden states (hidden, n) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
+        """Last hidden states (n, hidden) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
         turns = _at(self.turns(max(layout.lengths)), layout.positions[0], _filled(len(ids)))
         attention = self.attention(layout)
         tape = Tape(ids, index, attention, turns, self._first()) if keep else None
@@ -172,8 +172,8 @@ class Llama:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """Logits (n, vocabulary) of last hidden states (hidden, n)."""
-        found = product_of(hidden.t().contiguous(), self.head)
+        """Logits (n, vocabulary) of last hidden states (n, hidden)."""
+        found = product_of(hidden.contiguous(), self.head)
         return found if temperature == 1.0 else found.div_(temperature)
 
     def attention(self, layout: Layout) -> Attention:
@@ -181,8 +181,8 @@ class Llama:
         return Attention(layout, _filled(layout.positions.shape[1]), self.queries, self.keys, self.scale)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """The first states (hidden, columns) of ``ids`` (tokens,), and of columns more, of which nothing comes."""
-        return laid(self.embeddings.index_select(0, _fill(ids, _filled(len(ids)))).t())
+        """The first states of ``ids`` (tokens,), and of tokens more, of which nothing comes."""
+        return laid(self.embeddings.index_select(0, _fill(ids, _filled(len(ids)))))
 
     def turns(self, count: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (``count`` or more, 1, head size) of the rotations at the first positions."""
@@ -201,9 +201,9 @@ class Llama:
         attention: Attend,
         index: Tensor | None = None,
     ) -> tuple[Tensor, Kept]:
-        """``states`` (hidden, tokens) after ``layer``; or only those of the columns ``index`` (n,)."""
+        """``states``, which are used up, after ``layer``; or only those of the places ``index`` (n,)."""
         before = _normed(states, layer.norm)
-        heads = transposed_times(layer.projections.whole, before.states).view(states.shape[1], -1, self.size)
+        heads = times_by_token(before.states, layer.projections.whole).view(states.shape[0], -1, self.size)
         if layer.biases is not None:
             heads += layer.biases.whole.view(-1, self.size)
         turned = heads[:, : self.queries + self.keys]
@@ -212,13 +212,13 @@ class Llama:
         attended, saw = attention(heads)
         here = attended
         if index is not None:
-            states, here = columns_of(states, index), attended.index_select(0, index)
-        middle = plus_times(states, layer.out, here.t())
+            states, here = rows_of(states, index), attended.index_select(0, index)
+        middle = plus_times(states, here, layer.out)
         after = _normed(middle, layer.norm_after)
-        both = times(layer.feed.whole, after.states)
-        gate, up = both.chunk(2)
+        both = times(after.states, layer.feed.whole)
+        gate, up = both.chunk(2, 1)
         active = silu(gate)
-        found = plus_times(middle, layer.down, active * up)
+        found = plus_times(middle, active * up, layer.down)
         return found, Kept(before, attended, saw, after, both, active)
 
     def is_still(self, model: Any) -> bool:
@@ -235,48 +235,48 @@ class Llama:
     # 2. Gradient
 
     def learn(self, tape: Tape, gradient: Tensor, gradients: Gradients) -> None:
-        """Put what the weights have of ``gradient`` (hidden, n), that of the hidden states, into ``gradients``."""
+        """Put what the weights have of ``gradient`` (n, hidden), that of the hidden states, into ``gradients``."""
         assert tape.last is not None
         states = _norm_gradient(tape.last, self.norm, gradient, None, gradients)
         for layer in reversed(self.layers[tape.first :]):
             states = self._layer_gradient(layer, tape.layers.pop(), tape, states, gradients)
-        states = states[:, : len(tape.ids)]
+        states = states[: len(tape.ids)]
         if self.padding is not None:
             # torch's embedding of this id learns nothing.
-            states[:, tape.ids == self.padding] = 0
+            states[tape.ids == self.padding] = 0
         gradients.add_rows(self.embeddings, tape.ids, states)
 
     def _layer_gradient(self, layer: _Layer, kept: Kept, tape: Tape, gradient: Tensor, gradients: Gradients) -> Tensor:
         # 1. The feed-forward half
-        gate, up = kept.gate_and_up.chunk(2)
+        gate, up = kept.gate_and_up.chunk(2, 1)
         gradients.add_products([layer.down], gradient, kept.active * up)
-        of_product = back_times(layer.down, gradient)
+        of_product = back_times(gradient, layer.down)
         of_active = of_product * up
         # The gradients of gate and up take their places.
         torch.mul(of_product, kept.active, out=up)
         _silu_gradient(of_active, gate, grad_input=gate)
         gradients.add_products(layer.feed.parameters, kept.gate_and_up, kept.after.states)
-        of_normed = back_times(layer.feed.whole, kept.gate_and_up)
+        of_normed = back_times(kept.gate_and_up, layer.feed.whole)
         of_middle = _norm_gradient(kept.after, layer.norm_after, of_normed, gradient, gradients)
         # 2. The attention's
         index = tape.index if layer is self.layers[-1] else None
         here = kept.attended if index is None else kept.attended.index_select(0, index)
-        gradients.add_products([layer.out], of_middle, here.t())
-        of_attended = of_middle.t() @ layer.out
+        gradients.add_products([layer.out], of_middle, here)
+        of_attended = of_middle @ layer.out
         if index is not None:
-            columns = kept.before.states.shape[1]
-            of_attended = of_attended.new_zeros(columns, of_attended.shape[1]).index_copy_(0, index, of_attended)
-            of_middle = laid(of_middle.new_zeros(columns, len(of_middle)).index_copy_(0, index, of_middle.t()).t())
+            tokens = kept.before.states.shape[0]
+            of_attended = of_attended.new_zeros(tokens, of_attended.shape[1]).index_copy_(0, index, of_attended)
+            of_middle = laid(of_middle.new_zeros(tokens, of_middle.shape[1]).index_copy_(0, index, of_middle))
         heads = tape.attention.gradient(kept.saw, kept.attended, of_attended)
         turned = heads[:, : self.queries + self.keys]
         swapped = turned.roll(self.size // 2, -1)
         turned.mul_(tape.turns[0]).addcmul_(swapped, tape.turns[1], value=-1)
-        flat = heads.flatten(1).t()
+        flat = heads.flatten(1)
         gradients.add_products(layer.projections.parameters, flat, kept.before.states)
         if layer.biases is not None:
-            for bias, of_bias in layer.biases.parts(flat.sum(1)):
+            for bias, of_bias in layer.biases.parts(flat.sum(0)):
                 gradients.add(bias, of_bias)
-        of_normed = back_times(layer.projections.whole, flat)
+        of_normed = back_times(flat, layer.projections.whole)
         return _norm_gradient(kept.before, layer.norm, of_normed, of_middle, gradients)
 
 
@@ -307,7 +307,7 @@ class Decoder:
 
     @torch.inference_mode()
     def start(self) -> Tensor:
-        """Last hidden states (hidden, rows) at the ends of the queries."""
+        """Last hidden states (rows, hidden) at the ends of the queries."""
         model, turns = self.model, _at(self.turns, self.layout.positions[0], _filled(len(self.ids)))
         states, packed = model.embedded(self.ids), model.attention(self.layout)
         ends = torch.tensor(self.layout.starts) + self.seen - 1
@@ -322,12 +322,12 @@ class Decoder:
 
     @torch.inference_mode()
     def next(self, tokens: Tensor) -> Tensor:
-        """Last hidden states (hidden, rows) after ``tokens`` (rows,)."""
+        """Last hidden states (rows, hidden) after ``tokens`` (rows,)."""
         model, rows, here = self.model, len(tokens), self.column
-        # Few rows stay as few, and their states transposed: each row in one piece.
+        # Few rows stay as few, each in one piece.
         few = all(are_few(weight, rows) for weight in model.layers[0].weights)
         filled = rows if few or rows == 1 else _filled(rows)
-        states = model.embeddings.index_select(0, _fill(tokens, filled)).t()
+        states = model.embeddings.index_select(0, _fill(tokens, filled))
         states = states if few else laid(states)
         turns = _at(self.turns, self.seen, filled)
         self.seen, self.column = self.seen + 1, self.column + 1
@@ -343,7 +343,7 @@ class Decoder:
                 return _fill(found.flatten(1), filled), found
 
             states, _ = model.through(layer, states, turns, attend)
-        return _normed(states[:, :rows], model.norm).states
+        return _normed(states[:rows], model.norm).states
 
     @torch.inference_mode()
     def batch_select_indices(self, rows: Tensor) -> None:
@@ -354,28 +354,28 @@ class Decoder:
 
 
 def _filled(tokens: int) -> int:
-    """How many columns that many tokens have."""
+    """As how many that many tokens are computed."""
     return max(-(-tokens // WIDTH) * WIDTH, MANY)
 
 
-def _at(turns: tuple[Tensor, Tensor], positions: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Those of ``turns`` at ``positions`` (tokens,), each (columns, 1, head size)."""
-    places = _fill(positions, columns)
+def _at(turns: tuple[Tensor, Tensor], positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Those of ``turns`` at ``positions`` (tokens,), each (count, 1, head size)."""
+    places = _fill(positions, count)
     return turns[0].index_select(0, places), turns[1].index_select(0, places)
 
 
-def _fill(rows: Tensor, columns: int) -> Tensor:
-    """``rows`` (tokens, ...) and zeros, (columns, ...)."""
-    missing = columns - len(rows)
+def _fill(rows: Tensor, count: int) -> Tensor:
+    """``rows`` (tokens, ...) and zeros, (count, ...)."""
+    missing = count - rows.shape[0]
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
 def _normed(states: Tensor, norm: Any) -> Normed:
-    one, evenly = _evenly(states.shape[0])
-    # (tokens,): one over the root of the mean square
-    scale = torch.addmv(one, (states * states).t(), evenly, beta=norm.variance_epsilon).rsqrt_()
+    one, evenly = _evenly(states.shape[1])
+    # One over the root of the mean square
+    scale = torch.addmv(one, states * states, evenly, beta=norm.variance_epsilon).rsqrt_().unsqueeze(1)
     scaled = states * scale
-    return Normed(scaled * norm.weight[:, None], scaled, scale)
+    return Normed(scaled * norm.weight, scaled, scale)
 
 
 @cache
@@ -386,10 +386,10 @@ def _evenly(size: int) -> tuple[Tensor, Tensor]:
 
 def _norm_gradient(normed: Normed, norm: Any, gradient: Tensor, beside: Tensor | None, gradients: Gradients) -> Tensor:
     """That of what is normed, plus ``beside``; ``gradient`` is used up."""
-    products = gradient * normed.scaled
-    gradients.add(norm.weight, products.sum(1))
-    along = norm.weight @ products
-    of_scaled = gradient.mul_(norm.weight[:, None]).addcmul_(normed.scaled, along, value=-1 / gradient.shape[0])
+    weight, products = norm.weight, gradient * normed.scaled
+    gradients.add(weight, products.sum(0))
+    along = torch.mv(products, weight).unsqueeze(1)
+    of_scaled = gradient.mul_(weight).addcmul_(normed.scaled, along, value=-1 / gradient.shape[1])
     if beside is None:
         return of_scaled.mul_(normed.scale)
     return torch.addcmul(beside, of_scaled, normed.scale, out=of_scaled)

@@ -23,19 +23,19 @@ class Pass:
         self.hidden, self.tape = model.read(sequences.input_ids[0], sequences.layout, sequences.index, keep=True)
         # Logits have no name here: they are free as soon as they are read.
         self.logprobs, self.entropy, self.softmax = softmax_of(model.logits(self.hidden, temperature), sequences.tokens)
-        self.values = value_head(self.hidden.t())
+        self.values = value_head(self.hidden)
 
     @torch.inference_mode()
     def learn(self, of_logprobs: Tensor, of_values: Tensor) -> Gradients:
         """What all weights have of the gradients (n,) of log-probabilities and values; uses this pass up."""
         assert self.tape is not None
         gradients, summary = Gradients(), self.value_head.summary
-        of_logits = logits_gradient(of_logprobs, self.softmax, self.sequences.tokens).t()
+        of_logits = logits_gradient(of_logprobs, self.softmax, self.sequences.tokens)
         if self.temperature != 1.0:
             of_logits.div_(self.temperature)
         gradients.add_products([self.model.head], of_logits, self.hidden)
-        gradients.add(summary.weight, (self.hidden @ of_values)[None])
+        gradients.add(summary.weight, (of_values @ self.hidden)[None])
         gradients.add(summary.bias, of_values.sum()[None])
-        of_hidden = back_times(self.model.head, of_logits).addr_(summary.weight[0], of_values)
+        of_hidden = back_times(of_logits, self.model.head).addr_(of_values, summary.weight[0])
         self.model.learn(self.tape, of_hidden, gradients)
         return gradients

@@ -136,7 +136,7 @@ def response_logprobs(
                 assert sequences.layout is not None
                 hidden, _ = written.read(sequences.input_ids[0], sequences.layout, sequences.index)
                 size = max(LOGITS // len(written.head), 1)
-                parts = zip(hidden.split(size, 1), sequences.tokens.split(size), strict=True)
+                parts = zip(hidden.split(size), sequences.tokens.split(size), strict=True)
                 logprobs = torch.cat([token_logprobs(written.logits(one, temperature), two) for one, two in parts])
             elif scorer is not None:
                 logprobs = scorer(
