@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 from transformers.modeling_outputs import BaseModelOutput
 
 from rlhf_ppo.ppo.cpu import prepacked
-from rlhf_ppo.ppo.llama import Decoder, Llama, written_out
+from rlhf_ppo.ppo.decoding import Decoder
+from rlhf_ppo.ppo.llama import Llama, written_out
 from rlhf_ppo.ppo.models import (
     ValueHead,
     accepts,

@@ -17,12 +17,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 
 from rlhf_ppo.ppo.attention import Attention
 from rlhf_ppo.ppo.cpu import (
     MANY,
-    are_few,
     back_times,
     laid,
     plus_times,
@@ -155,7 +154,7 @@ class Llama:
     @torch.inference_mode()
     def read(self, ids: Tensor, layout: Layout, index: Tensor, keep: bool = False) -> tuple[Tensor, Tape | None]:
         """Last hidden states (n, hidden) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
-        turns = _at(self.turns(max(layout.lengths)), layout.positions[0], _filled(len(ids)))
+        turns = turns_at(self.turns(max(layout.lengths)), layout.positions[0], filled(len(ids)))
         attention = self.attention(layout)
         tape = Tape(ids, index, attention, turns, self._first()) if keep else None
         states = self.embedded(ids)
@@ -165,7 +164,7 @@ class Llama:
                 tape.layers.append(kept)
             # What is not kept is free before the next layer.
             del kept
-        last = _normed(states, self.norm)
+        last = normed_by(self.norm, states)
         if tape is not None:
             tape.last = last
         return last.states, tape
@@ -178,11 +177,11 @@ class Llama:
 
     def attention(self, layout: Layout) -> Attention:
         """That of sequences that stand end to end."""
-        return Attention(layout, _filled(layout.positions.shape[1]), self.queries, self.keys, self.scale)
+        return Attention(layout, filled(layout.positions.shape[1]), self.queries, self.keys, self.scale)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The first states of ``ids`` (tokens,), and of tokens more, of which nothing comes."""
-        return laid(self.embeddings.index_select(0, _fill(ids, _filled(len(ids)))))
+        return laid(self.embeddings.index_select(0, fill(ids, filled(len(ids)))))
 
     def turns(self, count: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines (``count`` or more, 1, head size) of the rotations at the first positions."""
@@ -202,7 +201,7 @@ class Llama:
         index: Tensor | None = None,
     ) -> tuple[Tensor, Kept]:
         """``states``, which are used up, after ``layer``; or only those of the places ``index`` (n,)."""
-        before = _normed(states, layer.norm)
+        before = normed_by(layer.norm, states)
         heads = times_by_token(before.states, layer.projections.whole).view(states.shape[0], -1, self.size)
         if layer.biases is not None:
             heads += layer.biases.whole.view(-1, self.size)
@@ -214,7 +213,7 @@ class Llama:
         if index is not None:
             states, here = rows_of(states, index), attended.index_select(0, index)
         middle = plus_times(states, here, layer.out)
-        after = _normed(middle, layer.norm_after)
+        after = normed_by(layer.norm_after, middle)
         both = times(after.states, layer.feed.whole)
         gate, up = both.chunk(2, 1)
         active = silu(gate)
@@ -280,97 +279,25 @@ class Llama:
         return _norm_gradient(kept.before, layer.norm, of_normed, of_middle, gradients)
 
 
-class Decoder:
-    """Rows on their way, token by token: keys and values of what they have read, with room for what will come.
-
-    Shorter queries stand to the right: the newest token of every row has the same column.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, model: Llama, queries: list[Tensor], room: int) -> None:
-        self.model = model
-        lengths = torch.tensor([len(query) for query in queries])
-        self.column = int(lengths.max())
-        self.layout = Layout.of(lengths.tolist())
-        self.seen, self.ids = lengths, torch.cat(queries)
-        missing = self.column - lengths
-        # (rows, 1, 1, columns): what is added to scores
-        self.mask: Tensor | None = None
-        if bool(missing.any()):
-            hidden = torch.arange(self.column + room) < missing[:, None, None, None]
-            self.mask = model.head.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        rows = torch.arange(len(queries)).repeat_interleave(lengths)
-        self.places = rows * (self.column + room) + missing[rows] + self.layout.positions[0]
-        shape = (len(queries), self.column + room, 2 * model.keys, model.size)
-        self.memory = [model.head.new_zeros(shape) for _ in model.layers]
-        self.turns = model.turns(self.column + room)
-
-    @torch.inference_mode()
-    def start(self) -> Tensor:
-        """Last hidden states (rows, hidden) at the ends of the queries."""
-        model, turns = self.model, _at(self.turns, self.layout.positions[0], _filled(len(self.ids)))
-        states, packed = model.embedded(self.ids), model.attention(self.layout)
-        ends = torch.tensor(self.layout.starts) + self.seen - 1
-        for layer, memory in zip(model.layers, self.memory, strict=True):
-
-            def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Any]:
-                memory.flatten(0, 1).index_copy_(0, self.places, heads[: len(self.ids), model.queries :])
-                return packed(heads)
-
-            states, _ = model.through(layer, states, turns, attend, ends if layer is model.layers[-1] else None)
-        return _normed(states, model.norm).states
-
-    @torch.inference_mode()
-    def next(self, tokens: Tensor) -> Tensor:
-        """Last hidden states (rows, hidden) after ``tokens`` (rows,)."""
-        model, rows, here = self.model, len(tokens), self.column
-        # Few rows stay as few, each in one piece.
-        few = all(are_few(weight, rows) for weight in model.layers[0].weights)
-        filled = rows if few or rows == 1 else _filled(rows)
-        states = model.embeddings.index_select(0, _fill(tokens, filled))
-        states = states if few else laid(states)
-        turns = _at(self.turns, self.seen, filled)
-        self.seen, self.column = self.seen + 1, self.column + 1
-        mask = None if self.mask is None else self.mask[..., : self.column]
-        for layer, memory in zip(model.layers, self.memory, strict=True):
-
-            def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Tensor]:
-                memory[:, here] = heads[:rows, model.queries :]
-                keys, values = memory[:, : self.column].transpose(1, 2).split(model.keys, 1)
-                # Heads that share keys are queries of one: nothing is copied for each.
-                asked = heads[:rows, : model.queries].unflatten(1, (model.keys, -1))
-                found = scaled_dot_product_attention(asked, keys, values, mask, scale=model.scale)
-                return _fill(found.flatten(1), filled), found
-
-            states, _ = model.through(layer, states, turns, attend)
-        return _normed(states[:rows], model.norm).states
-
-    @torch.inference_mode()
-    def batch_select_indices(self, rows: Tensor) -> None:
-        """Go on with ``rows`` alone."""
-        self.memory = [memory.index_select(0, rows) for memory in self.memory]
-        self.seen = self.seen[rows]
-        self.mask = None if self.mask is None else self.mask[rows]
-
-
-def _filled(tokens: int) -> int:
+def filled(tokens: int) -> int:
     """As how many that many tokens are computed."""
     return max(-(-tokens // WIDTH) * WIDTH, MANY)
 
 
-def _at(turns: tuple[Tensor, Tensor], positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def turns_at(turns: tuple[Tensor, Tensor], positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Those of ``turns`` at ``positions`` (tokens,), each (count, 1, head size)."""
-    places = _fill(positions, count)
+    places = fill(positions, count)
     return turns[0].index_select(0, places), turns[1].index_select(0, places)
 
 
-def _fill(rows: Tensor, count: int) -> Tensor:
+def fill(rows: Tensor, count: int) -> Tensor:
     """``rows`` (tokens, ...) and zeros, (count, ...)."""
     missing = count - rows.shape[0]
     return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
-def _normed(states: Tensor, norm: Any) -> Normed:
+def normed_by(norm: Any, states: Tensor) -> Normed:
+    """``states`` (tokens, hidden), each token's by the root of its mean square, times the weight of ``norm``."""
     one, evenly = _evenly(states.shape[1])
     # One over the root of the mean square
     scale = torch.addmv(one, states * states, evenly, beta=norm.variance_epsilon).rsqrt_().unsqueeze(1)

@@ -1,0 +1,86 @@
+"""Sampling from a model whose layers are written out: rows on their way, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from rlhf_ppo.ppo.cpu import are_few, laid
+from rlhf_ppo.ppo.llama import Llama, fill, filled, normed_by, turns_at
+from rlhf_ppo.ppo.packing import Layout
+
+
+class Decoder:
+    """Keys and values of what rows have read, with room for what will come.
+
+    Shorter queries stand to the right: the newest token of every row has the same column.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Llama, queries: list[Tensor], room: int) -> None:
+        self.model = model
+        lengths = torch.tensor([len(query) for query in queries])
+        self.column = int(lengths.max())
+        self.layout = Layout.of(lengths.tolist())
+        self.seen, self.ids = lengths, torch.cat(queries)
+        missing = self.column - lengths
+        # (rows, 1, 1, columns): what is added to scores
+        self.mask: Tensor | None = None
+        if bool(missing.any()):
+            hidden = torch.arange(self.column + room) < missing[:, None, None, None]
+            self.mask = model.head.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        rows = torch.arange(len(queries)).repeat_interleave(lengths)
+        self.places = rows * (self.column + room) + missing[rows] + self.layout.positions[0]
+        shape = (len(queries), self.column + room, 2 * model.keys, model.size)
+        self.memory = [model.head.new_zeros(shape) for _ in model.layers]
+        self.turns = model.turns(self.column + room)
+
+    @torch.inference_mode()
+    def start(self) -> Tensor:
+        """Last hidden states (rows, hidden) at the ends of the queries."""
+        model, turns = self.model, turns_at(self.turns, self.layout.positions[0], filled(len(self.ids)))
+        states, packed = model.embedded(self.ids), model.attention(self.layout)
+        ends = torch.tensor(self.layout.starts) + self.seen - 1
+        for layer, memory in zip(model.layers, self.memory, strict=True):
+
+            def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Any]:
+                memory.flatten(0, 1).index_copy_(0, self.places, heads[: len(self.ids), model.queries :])
+                return packed(heads)
+
+            states, _ = model.through(layer, states, turns, attend, ends if layer is model.layers[-1] else None)
+        return normed_by(model.norm, states).states
+
+    @torch.inference_mode()
+    def next(self, tokens: Tensor) -> Tensor:
+        """Last hidden states (rows, hidden) after ``tokens`` (rows,)."""
+        model, rows, here = self.model, tokens.shape[0], self.column
+        # Few rows stay as few, each in one piece.
+        few = all(are_few(weight, rows) for weight in model.layers[0].weights)
+        count = rows if few or rows == 1 else filled(rows)
+        states = model.embeddings.index_select(0, fill(tokens, count))
+        states = states if few else laid(states)
+        turns = turns_at(self.turns, self.seen, count)
+        self.seen, self.column = self.seen + 1, self.column + 1
+        mask = None if self.mask is None else self.mask[..., : self.column]
+        for layer, memory in zip(model.layers, self.memory, strict=True):
+
+            def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, None]:
+                memory[:, here] = heads[:rows, model.queries :]
+                keys, values = memory[:, : self.column].transpose(1, 2).split(model.keys, 1)
+                # Heads that share keys are queries of one: nothing is copied for each.
+                asked = heads[:rows, : model.queries].unflatten(1, (model.keys, -1))
+                found = scaled_dot_product_attention(asked, keys, values, mask, scale=model.scale)
+                return fill(found.flatten(1), count), None
+
+            states, _ = model.through(layer, states, turns, attend)
+        return normed_by(model.norm, states[:rows]).states
+
+    @torch.inference_mode()
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Go on with ``rows`` alone."""
+        self.memory = [memory.index_select(0, rows) for memory in self.memory]
+        self.seen = self.seen[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
