@@ -182,27 +182,6 @@ def test_states_lie_as_the_processor_wants_them(by_token: bool, monkeypatch: pyt
     assert len(seen) == 5 * 2 + 2 * 5 and {states.is_contiguous() for states in seen} == {by_token}
 
 
-def test_sequences_attend_beside_those_of_about_their_length_where_that_saves_more_than_it_costs() -> None:
-    assert attention.alike([60, 101, 62, 84], 9) == [[1, 3], [2, 0]]
-    assert attention.alike([28, 40, 31, 36], 4) == [[1, 3, 2, 0]]
-    assert attention.alike([500, 10, 490, 10], 1) == [[0, 2], [1, 3]]
-    assert attention.alike([7], 9) == [[0]]
-
-
-def test_long_and_short_sequences_attend_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, found = Layout.of([30, 10, 28, 9, 3]), {}
-    heads, gradient = torch.randn(88, 12, 16), torch.randn(88, 6 * 16)
-    gradient[80:] = 0
-    monkeypatch.setattr(attention, "WORTH", 1)
-    for short in (20, 1000):
-        monkeypatch.setattr(attention, "SHORT", short)
-        one = attention.Attention(layout, 88, 6, 3, 0.25)
-        attended, saw = one(heads)
-        found[len({type(group) for group in one.groups})] = attended, one.gradient(saw, attended, gradient)
-    for mixed, plain in zip(found[2], found[1], strict=True):
-        torch.testing.assert_close(mixed, plain, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("name", PLAIN)
 def test_what_is_not_of_that_type_takes_the_other_way(name: str) -> None:
     assert written_out(PLAIN[name]()) is None
@@ -339,6 +318,8 @@ def test_it_samples_and_scores_as_the_model_does(
     uniform, head = draw(len(asked), 12, torch.Generator().manual_seed(0)), policy_of(model).v_head
     found = sample(model, asked, settings, uniform, value_head=head)
     assert (len({rows for rows in few if rows < cpu.MANY}) > 2) is (large and len(asked) > 1)
+    # Logits of five tokens at a time
+    monkeypatch.setattr(rollout, "LOGITS", 5 * len(model.lm_head.weight))
     scores = response_logprobs(model, asked, found.responses, temperature=0.9)
     for module in (generation, rollout):
         monkeypatch.setattr(module, "written_out", lambda _: None)

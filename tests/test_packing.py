@@ -18,7 +18,7 @@ from rlhf_ppo.ppo.models import response_logits
 from rlhf_ppo.ppo.packing import Layout, attending, packs
 from rlhf_ppo.ppo.rollout import response_full_kl, response_logprobs
 from rlhf_ppo.ppo.sequences import Sequences
-from tiny_models import ENDS, SIZES, VOCABULARY, gpt2, llama, made, neox, qwen2, word_tokenizer
+from tiny_models import ENDS, SIZES, VOCABULARY, gpt2, llama, made, neox, queries, qwen2, word_tokenizer
 
 PACKED: dict[str, Callable[[], Any]] = {
     "llama": llama,
@@ -135,6 +135,19 @@ def test_a_layout_says_where_packed_tokens_lie() -> None:
     assert layout.kept.tolist() == [0, 1, 3, 4, 5, 6]
     assert layout.padded.view(3, 3).tolist() == [[0, 1, 0], [2, 3, 4], [5, 0, 0]]
     assert not Layout.of([2, 2]).ragged
+
+
+def test_minibatches_of_packed_rows_are_those_rows_packed() -> None:
+    asked = queries(3, 1, 7, 2, 5), queries(5, 1, 4, 9, 2, seed=2)
+    whole = Sequences.of(*asked, packed=True)
+    for rows in ([3, 0], [1], [4, 2, 1, 0, 3]):
+        found = whole.of_rows(rows)
+        expected = Sequences.of(*([part[row] for row in rows] for part in asked), packed=True)
+        assert found.layout is not None and expected.layout is not None
+        assert found.layout.lengths == expected.layout.lengths and found.lengths == [len(asked[1][row]) for row in rows]
+        for name in ("input_ids", "index", "tokens"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert torch.equal(found.layout.positions, expected.layout.positions)
 
 
 def test_rows_of_equal_lengths_are_packed_as_well() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.ppo.advantages import advantages_and_returns, full_kl, kl_penalty, token_rewards
-from rlhf_ppo.ppo.generation import _where_cumulative
+from rlhf_ppo.ppo.generation import _block, _where_cumulative
 from rlhf_ppo.ppo.kl_control import KLController, RunningMoments, shape_scores
 from rlhf_ppo.ppo.losses import MinibatchLoss, ppo_loss
 from rlhf_ppo.ppo.tensors import logprob_and_entropy, masked_mean, masked_var, token_logprobs, whiten
@@ -302,6 +302,12 @@ def test_a_token_is_where_the_sum_of_the_distribution_passes_its_number() -> Non
     assert len({place // 50 for place in expected}) > 10
     ends = _where_cumulative(probs[:2], torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert ends.flatten().tolist() == [0, 1299]
+
+
+def test_blocks_of_places_divide_the_vocabulary_where_they_can() -> None:
+    assert [_block(places) for places in (2000, 49152, 128256, 1300)] == [50, 256, 384, 50]
+    # 50257 = 29 * 1733, and a prime
+    assert [_block(places) for places in (50257, 101)] == [512, 512] and [_block(places) for places in (1, 2)] == [1, 1]
 
 
 def test_a_token_of_no_probability_is_never_taken_also_where_sums_round() -> None:

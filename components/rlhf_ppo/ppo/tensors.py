@@ -106,7 +106,7 @@ def _read(logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shifted = logits - largest[:, None]
     torch.exp(shifted, out=weights)
     shifted.clamp_(min=torch.finfo(shifted.dtype).min)
-    return largest, weights.sum(-1), torch.linalg.vecdot(weights, shifted)
+    return largest, weights.sum(-1), shifted.mul_(weights).sum(-1)
 
 
 def logits_gradient(gradient: Tensor, softmax: Softmax, tokens: Tensor) -> Tensor:
