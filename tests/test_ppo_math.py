@@ -304,6 +304,15 @@ def test_a_token_is_where_the_sum_of_the_distribution_passes_its_number() -> Non
     assert ends.flatten().tolist() == [0, 1299]
 
 
+def test_words_that_are_ruled_out_count_nothing() -> None:
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([2, 0, 5])
+    expected = logprob_and_entropy(logits, tokens)
+    ruled_out = torch.cat([logits, torch.full((3, 2), -math.inf)], 1)
+    for found, plain in zip(logprob_and_entropy(ruled_out, tokens), expected, strict=True):
+        close(found, plain)
+
+
 def test_blocks_of_places_divide_the_vocabulary_where_they_can() -> None:
     assert [_block(places) for places in (2000, 49152, 128256, 1300)] == [50, 256, 384, 50]
     # 50257 = 29 * 1733, and a prime

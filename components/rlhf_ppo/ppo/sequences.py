@@ -114,7 +114,7 @@ class Sequences:
         """Rows of which ``read`` tokens of ``ids`` (tokens,) are read, to predict ``lengths`` of ``tokens`` (n,)."""
         layout = Layout.of(read)
         ends = zip(layout.starts, read, lengths, strict=True)
-        index = runs([start + count - max(length, 1) for start, count, length in ends], lengths)
+        index = runs([start + count - length for start, count, length in ends], lengths)
         return cls(ids[None], index, tokens, layout=layout, lengths=lengths)
 
     def of_rows(self, rows: list[int]) -> Sequences:
