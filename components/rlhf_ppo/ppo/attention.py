@@ -126,7 +126,8 @@ class Products:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, found: Tensor) -> Any:
         """Write what rows (sequences * heads * longest, size) of queries find; returns what ``gradient`` needs."""
         query, key, value = (part.view(self.shape[0], -1, part.shape[1]) for part in (query, key, value))
-        probs = torch.baddbmm(self.mask, query, key.mT, alpha=self.scale).softmax(-1)
+        scores = torch.bmm(query, key.mT)
+        probs = torch.add(self.mask, scores, alpha=self.scale, out=scores).softmax(-1)
         torch.bmm(probs, value, out=found.view_as(query))
         return query, key, value, probs
 
