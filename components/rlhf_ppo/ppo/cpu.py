@@ -26,7 +26,9 @@ MANY = 16
 BY_BLOCKS = 15 if AVX512 else 128
 """States up to which a product for each block is at least as fast as oneDNN's."""
 LEAST_WEIGHTS = 1 << 16
-"""Weights of a layer from which oneDNN is worth the call."""
+"""Weights of a layer from which oneDNN, or a product for each of several blocks, is worth the call."""
+LEAST_OF_HEAD = 1 << 20
+"""Weights of a head from which oneDNN is."""
 BY_TOKEN = AVX512
 """Whether states (tokens, n) lie in memory token by token: there MKL's gradients of states are faster so."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -161,11 +163,11 @@ def back_times(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_of(states: Tensor, weight: Tensor) -> Tensor:
-    """``states`` (n, k) times the transpose of ``weight`` (m, k), by oneDNN where that is there and worth the call."""
-    if weight.numel() < LEAST_WEIGHTS or not torch.backends.mkldnn.is_available():
-        return states @ weight.t()
-    if 1 < len(states) <= BY_BLOCKS:
+    """``states`` (n, k) times the transpose of ``weight`` (m, k), a head's, by oneDNN where that is worth the call."""
+    if weight.numel() >= LEAST_WEIGHTS and 1 < states.shape[0] <= BY_BLOCKS:
         return product_of_few(states, weight)
+    if weight.numel() < LEAST_OF_HEAD or not torch.backends.mkldnn.is_available():
+        return nn.functional.linear(states, weight)
     return _product(states, weight)
 
 

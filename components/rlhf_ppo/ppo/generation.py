@@ -137,6 +137,8 @@ class _Decoding:
         # Gaudi has no fp64: what is drawn moves there as fp32.
         self.uniform = uniform.to(device, torch.float32 if device.type == "hpu" else torch.float64)
         self.rows = torch.arange(len(queries), device=device)
+        # Which of them have not ended, and how many
+        self.active, self.remaining = torch.ones_like(self.rows, dtype=torch.bool), len(queries)
         self.cache: Any = None
         self.first = True
         self.extra: dict[str, Tensor] = {}
@@ -172,17 +174,23 @@ class _Decoding:
     def run(self, mark_step: Callable[[], None]) -> Generated:
         ends = torch.tensor(self.sampling.eos_token_ids, device=self.rows.device)
         for step in range(self.sampling.max_new_tokens):
+            # All of them are a part of a table, others are looked up.
+            rows = self.rows if self.rows.shape[0] < self.lengths.shape[0] else slice(None)
             logits, hidden = self._forward()
-            tokens, logprobs = _choose(logits, self.sampling, self.uniform[self.rows, step])
-            self.tokens[self.rows, step] = tokens
-            self.logprobs[self.rows, step] = logprobs
+            tokens, logprobs = _choose(logits, self.sampling, self.uniform[rows, step])
+            self.tokens[rows, step] = tokens
+            self.logprobs[rows, step] = logprobs
             if self.value_head is not None:
-                self.values[self.rows, step] = self.value_head(hidden)
+                self.values[rows, step] = self.value_head(hidden)
             ended = torch.isin(tokens, ends)
             mark_step()
-            self.lengths[self.rows[ended]] = self.lengths[self.rows[ended]].clamp(max=step + 1)
-            if not self._advance(tokens):
+            if bool(ended.any()):
+                self.lengths[self.rows[ended]] = self.lengths[self.rows[ended]].clamp(max=step + 1)
+                self.active = self.lengths[self.rows] == self.sampling.max_new_tokens
+                self.remaining = int(self.active.sum())
+            if self.remaining == 0:
                 break
+            self._advance(tokens)
         return self._generated()
 
     def _generated(self) -> Generated:
@@ -226,24 +234,20 @@ class _Decoding:
         assert self.mask is not None
         return (self.mask[:, : self.input_ids.shape[1]].cumsum(1) - 1).clamp(min=0)
 
-    def _advance(self, tokens: Tensor) -> bool:
-        """Make ``tokens`` the next input, without the rows that have ended; false where none is left."""
-        active = self.lengths[self.rows] == self.sampling.max_new_tokens
-        remaining = int(active.sum())
-        if remaining == 0:
-            return False
+    def _advance(self, tokens: Tensor) -> None:
+        """Make ``tokens`` the next input, without the rows that have ended."""
         self.positions = self.positions + 1
         # Leaving costs a copy of the cache, so rows leave in groups; until then they go on unread.
-        if remaining <= 0.75 * len(self.rows) and hasattr(self.cache, "batch_select_indices"):
-            keep = active.nonzero().squeeze(1)
+        if self.remaining <= 0.75 * self.rows.shape[0] and hasattr(self.cache, "batch_select_indices"):
+            keep = self.active.nonzero().squeeze(1)
             self.cache.batch_select_indices(keep)
             self.rows, self.positions, tokens = self.rows[keep], self.positions[keep], tokens[keep]
+            self.active = self.active[keep]
             self.mask = None if self.mask is None else self.mask[keep]
             self.encoded = None if self.encoded is None else self.encoded[keep]
         if self.mask is not None and self.encoded is None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.input_ids = tokens[:, None]
-        return True
 
 
 class _WrittenDecoding(_Decoding):
