@@ -23,6 +23,8 @@ BLOCK = 32, 96 if AVX512 else 768
 """Rows of a weight that are multiplied at a time: the fewest, and the most."""
 MANY = 16
 """Fewer tokens times a weight take MKL as long as that many, but for a single one."""
+COLUMNS = 32
+"""Tokens up to which, from ``MANY`` on, a large weight times them is the faster product whichever way they lie."""
 BY_BLOCKS = 15 if AVX512 else 128
 """States up to which a product for each block is at least as fast as oneDNN's."""
 LEAST_WEIGHTS = 1 << 16
@@ -137,12 +139,16 @@ def rows_of(states: Tensor, index: Tensor) -> Tensor:
 
 def times_by_token(states: Tensor, weight: Tensor) -> Tensor:
     """``states`` (tokens, k) times the transpose of ``weight`` (n, k), token by token: (tokens, n)."""
-    return product_of_few(states, weight) if are_few(weight, states.shape[0]) else nn.functional.linear(states, weight)
+    if are_few(weight, states.shape[0]):
+        return product_of_few(states, weight)
+    if _are_columns(weight, states.shape[0]):
+        return (weight @ states.t()).t().contiguous()
+    return nn.functional.linear(states, weight)
 
 
 def times(states: Tensor, weight: Tensor) -> Tensor:
     """``states`` (tokens, k) times the transpose of ``weight`` (n, k), laid as this processor wants it."""
-    if BY_TOKEN or are_few(weight, states.shape[0]):
+    if are_few(weight, states.shape[0]) or (BY_TOKEN and not _are_columns(weight, states.shape[0])):
         return times_by_token(states, weight)
     return (weight @ states.t()).t()
 
@@ -151,10 +157,17 @@ def plus_times(others: Tensor, states: Tensor, weight: Tensor) -> Tensor:
     """``others`` (tokens, n), written to, plus ``states`` (tokens, k) times the transpose of ``weight`` (n, k)."""
     if are_few(weight, states.shape[0]):
         return others.add_(product_of_few(states, weight))
+    if _are_columns(weight, states.shape[0]):
+        return others.add_((weight @ states.t()).t())
     if BY_TOKEN:
         return others.addmm_(states, weight.t())
     others.t().addmm_(weight, states.t())
     return others
+
+
+def _are_columns(weight: Tensor, tokens: int) -> bool:
+    """Whether so few tokens are columns for a large weight also where states lie token by token."""
+    return BY_TOKEN and MANY <= tokens <= COLUMNS and weight.numel() >= LEAST_WEIGHTS
 
 
 def back_times(gradient: Tensor, weight: Tensor) -> Tensor:
