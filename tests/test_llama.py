@@ -21,6 +21,7 @@ from rlhf_ppo.ppo import (
     Sampling,
     attention,
     cpu,
+    decoding,
     generation,
     gradients,
     lanes,
@@ -332,6 +333,16 @@ def test_it_samples_and_scores_as_the_model_does(
     plain_scores = response_logprobs(model, asked, found.responses, temperature=0.9)
     for one, two in zip(scores, plain_scores, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_read_once_all_responses_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked, read = llama(), queries(4, 2, 7), []
+    following = decoding.Decoder.next
+    monkeypatch.setattr(decoding.Decoder, "next", lambda *given: (read.append(None), following(*given))[1])
+    found = sample(model, asked, Sampling(9, eos_token_ids=tuple(range(64))), draw(3, 9, torch.Generator()))
+    assert [len(row) for row in found.responses] == [1, 1, 1] and not read
+    found = sample(model, asked, Sampling(9, eos_token_ids=tuple(range(32))), draw(3, 9, torch.Generator()))
+    assert len(read) == max(len(row) for row in found.responses) - 1 < 8
 
 
 @pytest.mark.parametrize(
