@@ -21,7 +21,7 @@ SMALL = 1 << 18
 
 
 class Product(NamedTuple):
-    """Gradients of weights (n, k) below each other: ``of_output`` (tokens, all n), across, by ``inputs``."""
+    """Gradients of weights (n, k) below each other: ``of_output`` (tokens, all n) transposed, times ``inputs``."""
 
     weights: Sequence[Tensor]
     of_output: Tensor
@@ -37,7 +37,7 @@ class Gradients:
         self.others: dict[Tensor, Tensor] = {}
 
     def add_products(self, weights: Sequence[Tensor], of_output: Tensor, inputs: Tensor) -> None:
-        """``weights`` have, in order, the rows of ``of_output`` (tokens, n), across, times ``inputs`` (tokens, k)."""
+        """``weights`` have the rows of ``of_output`` (tokens, n) transposed times ``inputs`` (tokens, k), in order."""
         if all(weight.requires_grad for weight in weights):
             self.products.append(Product(weights, of_output, inputs))
             return
