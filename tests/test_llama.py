@@ -355,7 +355,7 @@ def test_weights_that_learn_one_at_a_time_or_at_once_are_those_of_torch_s_adam(
     name: str, step: Callable[..., Tensor], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Matrices are learned in parts of a few rows.
-    monkeypatch.setattr(gradients, "MOST", 300)
+    monkeypatch.setattr(gradients, "PART", 300)
     monkeypatch.setattr(gradients, "SMALL", 0)
     monkeypatch.setattr(gradients, "share", lambda *given: on(threads, lambda: lanes.share(*given)))
     found, expected = policy_of(WRITTEN[name]()), policy_of(WRITTEN[name]())

@@ -5,7 +5,7 @@ The whole gradient of a weight then never leaves the processor's cache, and that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlhf_ppo.ppo.lanes import share
 
-MOST = 1 << 22
-"""Numbers of a weight that is learned at once; of a larger one (embeddings) as many rows as have fewer."""
+PART = 1 << 20
+"""Numbers of a weight that are learned at once: what their gradient needs stays in a core's cache."""
 SMALL = 1 << 18
 """Numbers of a weight whose gradient may as well be in memory."""
 
@@ -26,6 +26,24 @@ class Product(NamedTuple):
     weights: Sequence[Tensor]
     of_output: Tensor
     inputs: Tensor
+
+
+class Part(NamedTuple):
+    """What the gradient of some rows of a weight (n, k) is made of: a product, and ``added`` to its rows ``ids``."""
+
+    weight: Tensor
+    of_output: Tensor | None
+    inputs: Tensor | None
+    ids: Tensor | None
+    added: Tensor | None
+
+    def gradient(self) -> Tensor:
+        """(rows, k)."""
+        if self.of_output is None or self.inputs is None:
+            found = torch.zeros_like(self.weight)
+        else:
+            found = torch.mm(self.of_output, self.inputs)
+        return found if self.ids is None or self.added is None else found.index_add_(0, self.ids, self.added)
 
 
 class Gradients:
@@ -69,85 +87,90 @@ class Gradients:
 
     def bound(self) -> Tensor:
         """A number that the norm of all gradients does not exceed, 0-d: a product's is at most its factors' product."""
-        factors = [factor for product in self.products for factor in (product.of_output, product.inputs)]
-        norms = torch.zeros(len(factors))
-
-        def read(number: int) -> None:
-            norms[number] = norm_of(factors[number])
-
-        share(sorted(range(len(factors)), key=lambda number: -factors[number].numel()), read)
-        others = [*(rows for _, rows in self.rows.values()), *self.others.values()]
-        return torch.cat([norms.view(-1, 2).prod(1), *(norm_of(other)[None] for other in others)]).sum()
+        products = [norm_of(of_output) * norm_of(inputs) for _, of_output, inputs in self.products]
+        others = [norm_of(other) for other in (*(rows for _, rows in self.rows.values()), *self.others.values())]
+        return torch.stack([*products, *others]).sum()
 
     def materialize(self) -> None:
         """Add the gradients to the parameters' ``grad``."""
 
         def add(parameter: Tensor) -> None:
-            for part in _parts(parameter):
-                gradient = self._of(parameter, part)
-                if parameter.grad is None and len(gradient) == len(parameter):
-                    parameter.grad = gradient
-                    return
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad[part] += gradient
+            parts = self._parts(parameter)
+            whole = parameter.grad is None and len(parts) == 1
+            if parameter.grad is None:
+                parameter.grad = parts[0].gradient() if whole else torch.zeros_like(parameter)
+            if not whole:
+                for part, rows in zip(parts, parameter.grad.split(_at_once(parameter)), strict=True):
+                    rows += part.gradient()
 
         with torch.no_grad():
+            for parameter, gradient in self.others.items():
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
             if not self.small:
-                share(self.parameters, add)
+                share(self._large, add)
                 return
             # Threads would wait for each other longer than they compute: each operation has all cores.
-            for parameter in self.parameters:
+            for parameter in self._large:
                 add(parameter)
 
     @cached_property
-    def _factors(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        """What the gradient of each weight is the product of."""
-        found: dict[Tensor, tuple[Tensor, Tensor]] = {}
+    def _large(self) -> list[Tensor]:
+        """The parameters but for those whose gradients are here as they are."""
+        return self.parameters[: len(self.parameters) - len(self.others)]
+
+    @cached_property
+    def _factors(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """What the gradient of each weight, by its id, is the product of."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
         for weights, of_output, inputs in self.products:
-            found |= {weight: (part, inputs) for weight, part in zip(weights, _apart(of_output, weights), strict=True)}
+            parts = zip(weights, _apart(of_output, weights), strict=True)
+            found |= {id(weight): (part, inputs) for weight, part in parts}
         return found
 
-    def _of(self, parameter: Tensor, part: slice) -> Tensor:
-        """The gradient of the rows ``part`` of ``parameter``."""
-        found = torch.empty_like(parameter[part])
-        if parameter in self._factors:
-            of_output, inputs = self._factors[parameter]
-            torch.mm(of_output[:, part].t(), inputs, out=found)
-        else:
-            found.zero_()
-        self._add_the_rest(found, parameter, part)
-        return found
-
-    def _add_the_rest(self, gradient: Tensor, parameter: Tensor, part: slice) -> None:
-        """Add what is no product to the ``gradient`` of the rows ``part`` of ``parameter``."""
+    def _parts(self, parameter: Tensor) -> list[Part]:
+        """Those of ``parameter`` (n, k), each of ``_at_once`` rows."""
+        size = _at_once(parameter)
+        weights = parameter.split(size)
+        nothing: list[Any] = [None] * len(weights)
+        of_output, inputs = self._factors.get(id(parameter), (None, None))
+        outputs = nothing if of_output is None else of_output.t().split(size)
+        ids = added = nothing
         if parameter in self.rows:
-            ids, rows = self.rows[parameter]
-            if len(gradient) < len(parameter):
-                here = (ids >= part.start) & (ids < part.stop)
-                ids, rows = ids[here] - part.start, rows[here]
-            gradient.index_add_(0, ids, rows)
-        if parameter in self.others:
-            gradient += self.others[parameter][part]
+            ordered, order = self.rows[parameter][0].sort(stable=True)
+            counts = torch.bincount(ordered // size, minlength=len(weights)).tolist()
+            ids, added = ordered.remainder(size).split(counts), self.rows[parameter][1][order].split(counts)
+        return [
+            Part(weight, output, inputs, *rows)
+            for weight, output, *rows in zip(weights, outputs, ids, added, strict=True)
+        ]
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """One step of ``optimizer``, of which ``takes`` is true; returns the norm of all gradients, 0-d."""
-        known = zip(self.parameters, self._begin(optimizer), strict=True)
-        jobs = [(parameter, part, *of_it) for parameter, of_it in known for part in _parts(parameter)]
+        known, jobs = self._begin(optimizer), []
+        for parameter, (group, state) in zip(self._large, known, strict=False):
+            parts = self._parts(parameter)
+            nothing: list[Any] = [None] * len(parts)
+            means, squares = (
+                nothing if group is None else state[name].split(_at_once(parameter))
+                for name in ("exp_avg", "exp_avg_sq")
+            )
+            jobs += [(group, state, *each) for each in zip(parts, means, squares, strict=True)]
+        # One tensor each, made between gradients, would leave holes of a hundred megabytes.
         norms = torch.zeros(len(jobs))
 
-        def learn(job: tuple[int, tuple[Tensor, slice, Any, Any]]) -> None:
-            number, (parameter, part, group, state) = job
-            gradient = self._of(parameter, part)
+        def learn(number: int) -> None:
+            group, state, part, mean, square = jobs[number]
+            gradient = part.gradient()
             norms[number] = norm_of(gradient)
             if group is not None:
-                moments = [state["exp_avg"][part]], [state["exp_avg_sq"][part]]
-                _adam(group, [parameter[part]], [gradient], *moments, [state["step"]])
+                _adam(group, [part.weight], [gradient], [mean], [square], [state["step"]])
 
         # The largest last would leave the other threads without work.
-        share(sorted(enumerate(jobs), key=lambda job: -job[1][0].numel()), learn)
-        return torch.linalg.vector_norm(norms)
+        share(sorted(range(len(jobs)), key=lambda number: -jobs[number][2].weight.numel()), learn)
+        others = list(self.others.items())
+        _adam_of_all([(*row, *of_it) for row, of_it in zip(others, known[len(self._large) :], strict=True)])
+        return torch.linalg.vector_norm(torch.stack([norm_of(norms), *map(norm_of, self.others.values())]))
 
     @torch.no_grad()
     def step_at_once(self, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -165,18 +188,15 @@ class Gradients:
         others = whole[place:].zero_().split([parameter.numel() for parameter in rest])
         parts += [part.view_as(parameter) for parameter, part in zip(rest, others, strict=True)]
         by_id = dict(zip(map(id, self.parameters), parts, strict=True))
-        for parameter in {*self.rows, *self.others}:
-            self._add_the_rest(by_id[id(parameter)], parameter, slice(0, parameter.shape[0]))
+        for parameter, (ids, rows) in self.rows.items():
+            by_id[id(parameter)].index_add_(0, ids, rows)
+        for parameter, gradient in self.others.items():
+            by_id[id(parameter)].copy_(gradient)
         norm = norm_of(whole)
         if not bool(torch.isfinite(norm)):
             return norm
-        learned: dict[int, tuple[Any, list[Any]]] = {}
-        for parameter, part, (group, state) in zip(self.parameters, parts, self._begin(optimizer), strict=True):
-            if group is not None:
-                row = parameter, part, state["exp_avg"], state["exp_avg_sq"], state["step"]
-                learned.setdefault(id(group), (group, []))[1].append(row)
-        for group, rows in learned.values():
-            _adam(group, *map(list, zip(*rows, strict=True)))
+        known = zip(self.parameters, parts, self._begin(optimizer), strict=True)
+        _adam_of_all([(parameter, part, *of_it) for parameter, part, of_it in known])
         return norm
 
     def _begin(self, optimizer: Any) -> list[tuple[Any, Any]]:
@@ -228,12 +248,21 @@ def takes(optimizer: Any) -> bool:
     )  # fmt: skip
 
 
-def _parts(parameter: Tensor) -> Iterator[slice]:
-    """The rows of ``parameter`` in parts."""
+def _at_once(parameter: Tensor) -> int:
+    """How many of its rows are learned at once: parts alike, of ``PART`` numbers or fewer."""
     rows = len(parameter)
-    at_once = max(MOST * rows // parameter.numel(), 1)
-    for start in range(0, rows, at_once):
-        yield slice(start, min(start + at_once, rows))
+    return -(-rows // min(-(-parameter.numel() // PART), rows))
+
+
+def _adam_of_all(rows: list[tuple[Tensor, Tensor, Any, Any]]) -> None:
+    """One step of parameters with their gradients, groups and states, all in one go but for those without a group."""
+    learned: dict[int, tuple[Any, list[Any]]] = {}
+    for parameter, gradient, group, state in rows:
+        if group is not None:
+            row = parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"]
+            learned.setdefault(id(group), (group, []))[1].append(row)
+    for group, of_group in learned.values():
+        _adam(group, *map(list, zip(*of_group, strict=True)))
 
 
 def _adam(
