@@ -232,3 +232,28 @@ def test_a_quiet_run_still_knows_what_happened() -> None:
     quiet.show({"kind": "step_started", "step": "gate"})
     quiet.show({"kind": "step_failed", "step": "gate", "input_error": False, "message": "first", "seconds": 1})
     assert stream.getvalue() == "" and quiet.last["step_failed"]["message"] == "first" and quiet.open_steps == []
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="this kernel has no large pages")
+def test_steps_have_their_memory_in_large_pages_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = """
+import re, torch
+kept = [torch.ones(1 << 18) for _ in range(64)]
+print(re.search(r"AnonHugePages:\\s+(\\d+)", open("/proc/self/smaps_rollup").read())[1])
+"""
+
+    def kilobytes() -> int:
+        command, env = [sys.executable, "-c", script], local._environment(tmp_path, defaults())
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
+
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    # Of 64 MiB
+    assert kilobytes() > 32 << 10
+    if "[madvise]" in THP.read_text():
+        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+        assert kilobytes() == 0

@@ -26,6 +26,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from workloads import WORKLOADS, Workload
 
+from rlhf_pipelines.local import LARGE_PAGES
+
 HERE = Path(__file__).parent
 PHASES = ("rollout", "scoring", "update", "total")
 # Ours has no such thing, or defines it otherwise; see docs/differences.md.
@@ -149,14 +151,17 @@ def floors(workload: Workload, model: Path, gflops: float, gbytes: float) -> dic
     }
 
 
-def measure(name: str, pairs: int, trl: str, model: Path, threads: int) -> dict[str, Any]:
+def measure(name: str, pairs: int, trl: str, model: Path, threads: int, large_pages: bool) -> dict[str, Any]:
     """Both on a workload: the check, then ``pairs`` pairs of iterations."""
     workload = WORKLOADS[name]
     with tempfile.TemporaryDirectory() as directory:
         exchange = Path(directory)
         write_value_head(model, exchange)
         env = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        ours = Worker(sys.executable, "our_worker.py", name, model, exchange, env)
+        # As rlhf-ppo run starts its steps; --large-pages lets TRL have them, too.
+        own = {**env, **LARGE_PAGES}
+        env = own if large_pages else env
+        ours = Worker(sys.executable, "our_worker.py", name, model, exchange, own)
         theirs = Worker(trl, "trl_worker.py", name, model, exchange, env)
         lengths = ours.ask("respond")["lengths"]
         assert lengths == [response for _, response in workload.lengths()], lengths
@@ -171,7 +176,7 @@ def measure(name: str, pairs: int, trl: str, model: Path, threads: int) -> dict[
             gradients_apart(*sides, exchange) for sides in (("ours", "trl"), ("ours", "fp64"), ("trl", "fp64"))
         ]
         found: dict[str, Any] = {"check": [*statistics_apart(*(side["stats"] for side in checked)), *pairs_apart]}
-        ours = Worker(sys.executable, "our_worker.py", name, model, exchange, env)
+        ours = Worker(sys.executable, "our_worker.py", name, model, exchange, own)
         theirs = Worker(trl, "trl_worker.py", name, model, exchange, env)
         rounds = []
         for number in range(1, pairs + 1):
@@ -224,6 +229,7 @@ def main() -> None:
         action="store_true",
         help="CPU seconds of the processes, where a machine is busy; with --threads 1",
     )
+    parser.add_argument("--large-pages", action="store_true", help="for TRL, too; ours has them")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["W1", "W2", "W3"])
     parser.add_argument("--models", type=Path, default=Path("build/bench-models"), help="where the models are made")
     given = parser.parse_args()
@@ -233,7 +239,7 @@ def main() -> None:
     made = models(given.models)
     for name in given.workloads:
         gflops, gbytes = speed_of_this_machine()
-        found = measure(name, given.pairs, given.trl, made[WORKLOADS[name].model], given.threads)
+        found = measure(name, given.pairs, given.trl, made[WORKLOADS[name].model], given.threads, given.large_pages)
         report(name, found, floors(WORKLOADS[name], made[WORKLOADS[name].model], gflops, gbytes))
         print(f"floor: {gflops:.0f} GFLOP/s, {gbytes:.1f} GB/s, measured before")
 
