@@ -16,6 +16,7 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling
 from rlhf_ppo.ppo import trainer as trainer_module
 from rlhf_ppo.ppo.models import load_model, shared_reference
+from rlhf_ppo.ppo.optimization import SKIPPED
 from rlhf_ppo.ppo.rollout import Rollout
 
 WORKLOAD, MODEL, EXCHANGE = arguments()
@@ -76,7 +77,7 @@ def iterate(asked: dict[str, Any]) -> dict[str, Any]:
     ended = time.perf_counter()
     update, tokens = stats["time/ppo/optimize_step"], sum(map(len, rollout.responses))
     phases = {"rollout": sampled - started, "scoring": ended - sampled - update, "update": update}
-    return {**phases, "total": ended - started, "tokens": tokens}
+    return {**phases, "total": ended - started, "tokens": tokens, "skipped": stats[SKIPPED]}
 
 
 def respond(_: dict[str, Any]) -> dict[str, Any]:

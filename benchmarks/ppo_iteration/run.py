@@ -1,11 +1,11 @@
 """One whole PPO iteration of TRL 0.11.4's classic trainer and of ours, side by side: make bench.
 
-    python benchmarks/ppo_iteration/run.py TRL_PYTHON [--pairs 3] [--workloads W1 W2 W3]
+    python benchmarks/ppo_iteration/run.py TRL_PYTHON [--pairs 5] [--workloads W1 W2 W3]
 
 Both have the same model, prompts, lengths of responses, minibatches, passes and orders of rows, in fp32 on two threads;
 they take turns, and each is a process of its own, so that its peak memory is its own. First both do the same step on
 the same responses, and losses, statistics and gradients are compared, the latter also with those of TRL's step in fp64.
-Ratios are medians over pairs.
+Ratios are medians over pairs. A first pair, in which memory is taken and models are tried, does not count.
 """
 
 from __future__ import annotations
@@ -179,15 +179,16 @@ def measure(name: str, pairs: int, trl: str, model: Path, threads: int, large_pa
         ours = Worker(sys.executable, "our_worker.py", name, model, exchange, own)
         theirs = Worker(trl, "trl_worker.py", name, model, exchange, env)
         rounds = []
-        for number in range(1, pairs + 1):
+        for number in range(pairs + 1):
             # Who goes first takes turns as well.
             order = (ours, theirs) if number % 2 else (theirs, ours)
             answers = {id(worker): worker.ask("iterate", number=number) for worker in order}
-            rounds.append((answers[id(ours)], answers[id(theirs)]))
-            print(
-                f"  {name} {number}: ours {rounds[-1][0]['total']:.2f} s, TRL {rounds[-1][1]['total']:.2f} s",
-                flush=True,
-            )
+            mine, their = answers[id(ours)], answers[id(theirs)]
+            which = number or "does not count"
+            print(f"  {name} {which}: ours {mine['total']:.2f} s, TRL {their['total']:.2f} s", flush=True)
+            assert not mine["skipped"], "a minibatch was left out"
+            if number:
+                rounds.append((mine, their))
         ours.close()
         theirs.close()
     return {**found, "rounds": rounds}
@@ -222,7 +223,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trl", metavar="TRL_PYTHON", help="python of an environment with trl 0.11.4")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, help="of each workload; else as many as it says itself")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--cpu-time",
@@ -239,8 +240,10 @@ def main() -> None:
     made = models(given.models)
     for name in given.workloads:
         gflops, gbytes = speed_of_this_machine()
-        found = measure(name, given.pairs, given.trl, made[WORKLOADS[name].model], given.threads, given.large_pages)
-        report(name, found, floors(WORKLOADS[name], made[WORKLOADS[name].model], gflops, gbytes))
+        workload = WORKLOADS[name]
+        model, pairs = made[workload.model], given.pairs or workload.pairs
+        found = measure(name, pairs, given.trl, model, given.threads, given.large_pages)
+        report(name, found, floors(workload, model, gflops, gbytes))
         print(f"floor: {gflops:.0f} GFLOP/s, {gbytes:.1f} GB/s, measured before")
 
 
