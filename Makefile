@@ -51,14 +51,13 @@ test-images: $(VENV)/.dev
 		--build-arg REVISION=$$(git rev-parse HEAD) $(BUILD_ARGS) .
 	ENGINE=$(ENGINE) IMAGE=$(IMAGE) $(RUN)/python -m pytest -q -s -m images tests/test_images.py
 
-TORCH_TESTS = tests/test_config.py tests/test_llama.py tests/test_ppo_math.py tests/test_ppo_trainer.py tests/test_ppo_beyond.py \
-	tests/test_ppo_invariance.py tests/test_packing.py tests/test_cpu.py tests/test_trl_parity.py \
-	tests/test_distributed.py tests/test_killed_training.py \
+TORCH_TESTS = tests/test_config.py tests/test_llama.py tests/test_written_training.py tests/test_ppo_math.py \
+	tests/test_ppo_trainer.py tests/test_ppo_beyond.py tests/test_ppo_invariance.py tests/test_packing.py \
+	tests/test_cpu.py tests/test_trl_parity.py tests/test_distributed.py tests/test_killed_training.py \
 	tests/test_preemption.py tests/test_checkpoint.py tests/test_static_shapes.py tests/test_devices.py \
 	tests/test_launch.py tests/test_preflight.py tests/test_sharded_training.py tests/test_rewards.py \
-	tests/test_reward_endpoint.py \
-	tests/test_training.py tests/test_reference_snapshot.py tests/test_dataset_preparation.py \
-	tests/test_policy_evaluation.py tests/test_hub_push.py
+	tests/test_reward_endpoint.py tests/test_training.py tests/test_reference_snapshot.py \
+	tests/test_dataset_preparation.py tests/test_policy_evaluation.py tests/test_hub_push.py
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

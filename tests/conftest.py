@@ -14,6 +14,15 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.fixture(params=(False, True), ids=("by number", "by token"))
+def by_token(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """States that lie in memory as one kind of processor or the other wants them."""
+    from rlhf_ppo.ppo import cpu
+
+    monkeypatch.setattr(cpu, "BY_TOKEN", request.param)
+    return bool(request.param)
+
+
 @pytest.fixture(scope="session")
 def training_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and prompts, as the steps before training leave them."""

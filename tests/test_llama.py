@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,32 +11,26 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.ppo import (
     PolicyWithValueHead,
-    PPOTrainer,
     Sampling,
     attention,
     cpu,
     decoding,
     generation,
-    gradients,
-    lanes,
-    optimization,
     rollout,
 )
 from rlhf_ppo.ppo import llama as llama_module
 from rlhf_ppo.ppo.generation import draw, sample
-from rlhf_ppo.ppo.gradients import Gradients, takes
-from rlhf_ppo.ppo.llama import Llama, written_out
+from rlhf_ppo.ppo.llama import written_out
 from rlhf_ppo.ppo.models import load_model, shared_reference
 from rlhf_ppo.ppo.packing import Layout
 from rlhf_ppo.ppo.passes import Pass
 from rlhf_ppo.ppo.rollout import response_logprobs
 from rlhf_ppo.ppo.sequences import Sequences
-from tiny_models import SIZES, VOCABULARY, gpt2, llama, made, queries, qwen2, word_tokenizer
+from tiny_models import SIZES, VOCABULARY, gpt2, llama, made, policy_of, queries, qwen2
 
 
 def turned(**how: Any) -> dict[str, Any]:
@@ -74,12 +67,6 @@ PLAIN: dict[str, Callable[[], Any]] = {
 }
 
 
-def policy_of(model: nn.Module) -> PolicyWithValueHead:
-    policy = PolicyWithValueHead(model)
-    nn.init.normal_(policy.v_head.summary.weight, generator=torch.Generator().manual_seed(1))
-    return policy
-
-
 def rows(*, ragged: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     asked, answers = queries(3, 1, 7, 2), queries(5, 4, 1, 9, seed=2)
     if not ragged:
@@ -112,19 +99,6 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     monkeypatch.setattr(attention, "SHORT", 1000 if request.param == "short" else 0)
     monkeypatch.setattr(attention, "WORTH", 1)
     return {"short": attention.Products, "long": attention.Flash}[request.param]
-
-
-@pytest.fixture(params=(False, True), ids=("by number", "by token"))
-def by_token(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """States that lie in memory as one kind of processor or the other wants them."""
-    monkeypatch.setattr(cpu, "BY_TOKEN", request.param)
-    return bool(request.param)
-
-
-@pytest.fixture(params=(0, gradients.SMALL), ids=("large", "small"))
-def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that learn one at a time, as large ones do, or together."""
-    monkeypatch.setattr(gradients, "SMALL", request.param)
 
 
 @pytest.mark.parametrize("ragged", (True, False))
@@ -224,20 +198,6 @@ def test_weights_that_lie_elsewhere_than_before_are_seen(name: str, moved: str) 
     torch.testing.assert_close(said, model(input_ids=ids[None]).logits[0].detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_training_goes_on_with_weights_that_were_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    def moved() -> Any:
-        trained = trainer()
-        stepped(trained, 1)
-        for parameter in trained.policy.parameters():
-            parameter.data = parameter.data.clone()
-        return stepped(trained, 1)
-
-    found = moved()
-    for module in (generation, rollout, optimization):
-        monkeypatch.setattr(module, "written_out", lambda _: None)
-    assert_same_training(found, moved())
-
-
 def test_weights_in_one_piece_are_shared_copied_and_saved_as_any(tmp_path: Path) -> None:
     model = WRITTEN["qwen2, biases and tied"]()
     model.save_pretrained(tmp_path / "before")
@@ -290,16 +250,6 @@ def test_of_weights_in_one_piece_those_that_are_frozen_learn_nothing() -> None:
         assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
 
 
-def test_no_norm_of_all_gradients_exceeds_the_bound() -> None:
-    # One token: the norm of each product is that of its factors, and the bound of one alone is too small.
-    found, weights = Gradients(), [nn.Parameter(torch.zeros(3, 2)) for _ in range(3)]
-    found.add_products(weights[:2], torch.ones(1, 6), torch.ones(1, 2))
-    found.add_products(weights[2:], torch.ones(1, 3), torch.ones(1, 2))
-    assert 18**0.5 <= found.bound() < 2 * 18**0.5
-    found.add_rows(weights[2], torch.tensor([1]), torch.full((1, 2), 100.0))
-    assert found.bound() >= 20000**0.5
-
-
 @pytest.mark.parametrize("large", (True, False))
 @pytest.mark.parametrize("lengths", ((4, 2, 7, 1, 5), (3, 3, 3), (2,)))
 @pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
@@ -343,191 +293,3 @@ def test_nothing_is_read_once_all_responses_have_ended(monkeypatch: pytest.Monke
     assert [len(row) for row in found.responses] == [1, 1, 1] and not read
     found = sample(model, asked, Sampling(9, eos_token_ids=tuple(range(32))), draw(3, 9, torch.Generator()))
     assert len(read) == max(len(row) for row in found.responses) - 1 < 8
-
-
-@pytest.mark.parametrize(
-    ("step", "threads"),
-    ((Gradients.step, 1), (Gradients.step, 3), (Gradients.step_at_once, 2)),
-    ids=("1", "3", "at once"),
-)
-@pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
-def test_weights_that_learn_one_at_a_time_or_at_once_are_those_of_torch_s_adam(
-    name: str, step: Callable[..., Tensor], threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Matrices are learned in parts of a few rows.
-    monkeypatch.setattr(gradients, "PART", 300)
-    monkeypatch.setattr(gradients, "SMALL", 0)
-    monkeypatch.setattr(gradients, "share", lambda *given: on(threads, lambda: lanes.share(*given)))
-    found, expected = policy_of(WRITTEN[name]()), policy_of(WRITTEN[name]())
-    one, two = (torch.optim.Adam(policy.parameters(), lr=1e-2, fused=True) for policy in (found, expected))
-    written = written_out(found.pretrained_model)
-    assert written is not None and takes(one)
-    for number in range(3):
-        sequences = Sequences.of(queries(3, 4, 1), queries(5, 2, 7, seed=number), packed=True)
-        taken = Pass(written, found.v_head, sequences, 1.0)
-        weights = torch.linspace(-1, 2, len(taken.logprobs))
-        learned = taken.learn(weights, weights)
-        learned.materialize()
-        # The same gradients for both: Adam makes a whole step of one that is nothing but rounding.
-        for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
-            theirs.grad, mine.grad = mine.grad, None
-        norm = nn.utils.get_total_norm([p.grad for p in expected.parameters() if p.grad is not None])
-        assert norm <= learned.bound() * (1 + 1e-5)
-        assert step(learned, one) == pytest.approx(float(norm), rel=1e-5)
-        two.step()
-        assert not any(p.grad is not None for p in found.parameters())
-    for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
-        assert one.state[mine].keys() == two.state[theirs].keys() and one.state[mine]["step"] == 3
-        torch.testing.assert_close(one.state[mine]["exp_avg"], two.state[theirs]["exp_avg"], atol=1e-6, rtol=1e-5)
-
-
-def on(threads: int, call: Callable[[], Any]) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return call()
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_an_optimizer_that_is_watched_replaced_or_another_gets_whole_gradients() -> None:
-    weight = nn.Parameter(torch.ones(2))
-    assert takes(torch.optim.Adam([weight], fused=True))
-    scheduled = torch.optim.Adam([weight], fused=True)
-    torch.optim.lr_scheduler.LambdaLR(scheduled, lambda step: 1.0)
-    assert takes(scheduled)
-    watched, replaced = (torch.optim.Adam([weight], fused=True) for _ in range(2))
-    watched.register_step_post_hook(lambda *_: None)
-    replaced.step = lambda: None  # type: ignore[assignment, method-assign]
-    others = [
-        torch.optim.Adam([weight]),
-        torch.optim.Adam([weight], fused=True, weight_decay=0.1),
-        torch.optim.AdamW([weight], fused=True),
-        torch.optim.SGD([weight], 0.1),
-    ]
-    assert not any(takes(optimizer) for optimizer in (watched, replaced, *others))
-
-
-def trainer(model: nn.Module | None = None, **changes: Any) -> PPOTrainer:
-    settings: dict[str, Any] = {"batch_size": 8, "mini_batch_size": 2, "ppo_epochs": 2, "learning_rate": 2e-3}
-    config = PPOConfig(**{**settings, "init_kl_coef": 0.1, **changes})
-    sampling = Sampling(6, eos_token_ids=(2,))
-    return PPOTrainer(config, policy_of(model or llama()), llama(), word_tokenizer(), sampling=sampling)
-
-
-def stepped(trained: PPOTrainer, steps: int = 2) -> tuple[list[dict[str, Any]], dict[str, Tensor], Any]:
-    stats = []
-    for _ in range(steps):
-        found = trained.rollout(queries(4, 2, 6, 3, 5, 1, 4, 4))
-        stats.append(trained.update(found, [float(row % 3) for row in range(8)]))
-    weights = {name: p.detach().clone() for name, p in trained.policy.named_parameters()}
-    return stats, weights, copy.deepcopy(trained.optimizer.state_dict()["state"])
-
-
-def assert_same_training(found: Any, expected: Any) -> None:
-    for one, two in zip(found[0], expected[0], strict=True):
-        for name, value in two.items():
-            if not name.startswith("time/"):
-                assert one[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
-    for name, weights in expected[1].items():
-        assert torch.allclose(found[1][name], weights, atol=1e-4), name
-    assert [state["step"] for state in found[2].values()] == [state["step"] for state in expected[2].values()]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    (
-        {},
-        {"max_grad_norm": 0.5},
-        {"gradient_accumulation_steps": 2},
-        {"ratio_threshold": 1.01},
-        {"mini_batch_size": 1, "vf_coef": 0.5},
-    ),
-    ids=str,
-)
-def test_training_is_that_of_autograd(
-    changes: dict[str, Any], size: None, by_token: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = trainer(**changes)
-    assert trained.optimization._written_out() is not None
-    found = stepped(trained)
-    for module in (generation, rollout, optimization):
-        monkeypatch.setattr(module, "written_out", lambda _: None)
-    plain = trainer(**changes)
-    assert plain.optimization._written_out() is None
-    assert_same_training(found, stepped(plain))
-    if "ratio_threshold" in changes:
-        assert any(stats["ppo/policy/skipped_minibatches"] > 0 for stats in found[0])
-
-
-def test_a_bound_that_says_nothing_costs_time_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "SMALL", 0)
-    found = stepped(trainer())
-    materialized: list[None] = []
-    materialize = Gradients.materialize
-    monkeypatch.setattr(Gradients, "bound", lambda _: torch.tensor(torch.inf))
-    monkeypatch.setattr(Gradients, "materialize", lambda self: (materialized.append(None), materialize(self))[1])
-    assert_same_training(stepped(trainer()), found)
-    assert len(materialized) == 2 * 8
-
-
-def test_a_gradient_that_is_not_finite_leaves_weights_and_adam_as_they_were(
-    size: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = trainer()
-    _, before, state = stepped(trained, 1)
-    learn = Llama.learn
-
-    def spoiled(self: Llama, tape: Any, gradient: Tensor, into: Gradients) -> None:
-        learn(self, tape, gradient, into)
-        spoil = next(product for product in into.products if product.weights[0] is self.layers[1].down)
-        spoil.of_output[0, 0] = torch.nan
-
-    monkeypatch.setattr(Llama, "learn", spoiled)
-    stats, after, state_after = stepped(trained, 1)
-    assert stats[0]["ppo/grad_norm"] != stats[0]["ppo/grad_norm"]
-    assert all(torch.equal(after[name], weights) for name, weights in before.items())
-    for index, values in state.items():
-        assert all(torch.equal(state_after[index][name], value) for name, value in values.items())
-
-
-def test_a_gradient_hook_of_the_user_s_is_called() -> None:
-    trained, called = trainer(), []
-    trained.policy.pretrained_model.lm_head.weight.register_hook(lambda gradient: called.append(gradient.shape))
-    stepped(trained, 1)
-    assert len(called) == 8
-
-
-def test_a_model_that_accelerate_or_the_user_put_in_the_policy_s_place_is_the_one_that_is_called() -> None:
-    trained = trainer()
-    assert trained.optimization._written_out() is not None
-    trained.optimization.model = nn.Sequential(trained.policy)
-    assert trained.optimization._written_out() is None
-
-
-def test_a_scheduler_goes_on_without_a_warning(size: None) -> None:
-    trained = trainer()
-    trained.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trained.optimizer, lambda step: 0.5**step)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        stats, _, _ = stepped(trained)
-    assert [one["ppo/learning_rate"] for one in stats] == [2e-3, 1e-3]
-
-
-def test_every_job_is_done_once_on_threads_that_have_one_core_each_and_errors_come_back() -> None:
-    seen: list[tuple[int, int]] = []
-
-    def job(number: int) -> None:
-        assert not torch.is_grad_enabled()
-        torch.ones(300, 300) @ torch.ones(300, 300) + torch.ones(1 << 18).sum()
-        seen.append((number, torch.get_num_threads()))
-
-    def refused(number: int) -> None:
-        raise ValueError(f"job {number}")
-
-    on(3, lambda: lanes.share(range(50), job))
-    assert sorted(number for number, _ in seen) == list(range(50)) and {threads for _, threads in seen} == {1}
-    with pytest.raises(ValueError, match="job"):
-        on(3, lambda: lanes.share(range(50), refused))
-    assert on(3, torch.get_num_threads) == 3

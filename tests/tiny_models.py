@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -24,6 +25,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from rlhf_ppo.ppo import PolicyWithValueHead
 
 VOCABULARY = 64
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -125,3 +128,10 @@ def queries(*lengths: int, seed: int = 1) -> list[torch.Tensor]:
     """Random prompts of these lengths."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def policy_of(model: nn.Module) -> PolicyWithValueHead:
+    """``model`` with a value head that is not zero."""
+    policy = PolicyWithValueHead(model)
+    nn.init.normal_(policy.v_head.summary.weight, generator=torch.Generator().manual_seed(1))
+    return policy
