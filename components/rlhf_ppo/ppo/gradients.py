@@ -1,6 +1,6 @@
 """Gradients of weights as what they are the product of, until an optimizer takes them: one weight at a time.
 
-The whole gradient of a weight then never leaves the processor's cache, and that of all weights is never in memory.
+That of all weights is then never in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_ppo.ppo.lanes import share
 
 PART = 1 << 20
-"""Numbers of a weight that are learned at once: what their gradient needs stays in a core's cache."""
+"""Numbers of a weight that are learned at once, so that a thread needs little memory."""
 SMALL = 1 << 18
 """Numbers of a weight whose gradient may as well be in memory."""
 
@@ -69,7 +69,7 @@ class Gradients:
             self.rows[weight] = (ids, rows)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
-        """``parameter`` has ``gradient``."""
+        """``parameter``, of no product and without rows, has ``gradient``."""
         if parameter.requires_grad:
             self.others[parameter] = gradient
 
