@@ -32,10 +32,11 @@ class Decoder:
         if bool(missing.any()):
             hidden = torch.arange(self.column + room) < missing[:, None, None, None]
             self.mask = model.head.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        rows = torch.arange(len(queries)).repeat_interleave(lengths)
-        self.places = rows * (self.column + room) + missing[rows] + self.layout.positions[0]
-        shape = (len(queries), self.column + room, 2 * model.keys, model.size)
-        self.memory = [model.head.new_zeros(shape) for _ in model.layers]
+        rows, heads, columns = torch.arange(len(queries)).repeat_interleave(lengths), 2 * model.keys, self.column + room
+        places = (rows * heads * columns + missing[rows] + self.layout.positions[0])[:, None]
+        # Of each token and head
+        self.places = (places + torch.arange(heads) * columns).flatten()
+        self.memory = [model.head.new_zeros(len(queries), heads, columns, model.size) for _ in model.layers]
         self.turns = model.turns(self.column + room)
 
     @torch.inference_mode()
@@ -47,7 +48,8 @@ class Decoder:
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Any]:
-                memory.flatten(0, 1).index_copy_(0, self.places, heads[: len(self.ids), model.queries :])
+                read = heads[: len(self.ids), model.queries :].reshape(-1, model.size)
+                memory.view(-1, model.size).index_copy_(0, self.places, read)
                 return packed(heads)
 
             states, _ = model.through(layer, states, turns, attend, ends if layer is model.layers[-1] else None)
@@ -68,8 +70,8 @@ class Decoder:
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, None]:
-                memory[:, here] = heads[:rows, model.queries :]
-                keys, values = memory[:, : self.column].transpose(1, 2).split(model.keys, 1)
+                memory[:, :, here] = heads[:rows, model.queries :]
+                keys, values = memory[:, :, : self.column].split(model.keys, 1)
                 # Heads that share keys are queries of one: nothing is copied for each.
                 asked = heads[:rows, : model.queries].unflatten(1, (model.keys, -1))
                 found = scaled_dot_product_attention(asked, keys, values, mask, scale=model.scale)

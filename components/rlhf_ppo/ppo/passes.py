@@ -21,8 +21,8 @@ class Pass:
         assert sequences.layout is not None
         self.model, self.value_head, self.sequences, self.temperature = model, value_head, sequences, temperature
         self.hidden, self.tape = model.read(sequences.input_ids[0], sequences.layout, sequences.index, keep=True)
-        # Logits have no name here: they are free as soon as they are read.
-        self.logprobs, self.entropy, self.softmax = softmax_of(model.logits(self.hidden, temperature), sequences.tokens)
+        logits = model.logits(self.hidden, temperature)
+        self.logprobs, self.entropy, self.softmax = softmax_of(logits, sequences.tokens, spare=True)
         self.values = value_head(self.hidden)
 
     @torch.inference_mode()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-AT_ONCE = 1 << 17
+AT_ONCE = 1 << 19
 """Logits that a CPU reads at once."""
 
 Reduce = Callable[[Tensor], Tensor]
@@ -78,23 +78,23 @@ class Softmax(NamedTuple):
     sums: Tensor
 
 
-def softmax_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Softmax]:
+def softmax_of(logits: Tensor, tokens: Tensor, *, spare: bool = False) -> tuple[Tensor, Tensor, Softmax]:
     """Log-probabilities of ``tokens`` (n,), entropies in nats (n,) and the softmax, of ``logits`` (n, vocabulary).
 
     Each sum over the vocabulary is one of torch's that loses little: in fp32 log_softmax and einsum are off by ten
-    times as much. A CPU takes as many rows at a time as stay in its cache.
+    times as much. A CPU takes as many rows at a time as stay in its cache. ``spare`` logits become the softmax.
     """
     rows = max(AT_ONCE // logits.shape[-1], 1)
-    weights = torch.empty_like(logits)
+    chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
+    weights = logits if spare else torch.empty_like(logits)
     if logits.device.type != "cpu" or logits.shape[0] <= rows:
         largest, sums, products = _read(logits, weights)
     else:
         parts = [_read(*part) for part in zip(logits.split(rows), weights.split(rows), strict=True)]
         largest, sums, products = (torch.cat(of_rows) for of_rows in zip(*parts, strict=True))
     logsumexp = sums.log()
-    logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - largest - logsumexp
     # entropy = logsumexp - E[logits]
-    return logprobs, logsumexp - products / sums, Softmax(weights, sums)
+    return chosen - largest - logsumexp, logsumexp - products / sums, Softmax(weights, sums)
 
 
 def _read(logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
