@@ -12,7 +12,7 @@ from rlhf_ppo.ppo.advantages import advantages_and_returns, full_kl, kl_penalty,
 from rlhf_ppo.ppo.generation import _block, _where_cumulative
 from rlhf_ppo.ppo.kl_control import KLController, RunningMoments, shape_scores
 from rlhf_ppo.ppo.losses import MinibatchLoss, ppo_loss
-from rlhf_ppo.ppo.tensors import logprob_and_entropy, masked_mean, masked_var, token_logprobs, whiten
+from rlhf_ppo.ppo.tensors import logprob_and_entropy, masked_mean, masked_var, softmax_of, token_logprobs, whiten
 
 
 def tensor(*rows: object) -> Tensor:
@@ -288,6 +288,11 @@ def test_logprob_entropy_and_gradient_agree_with_autograd(at_once: int, monkeypa
     close(entropy, -(plain.exp() * plain).sum(-1), 1e-6)
     close(logits.grad, expected, 1e-6)
     close(token_logprobs(logits, tokens), logprobs, 1e-6)
+    # Spare logits become the softmax, after all of them were read.
+    spare, plain_softmax = logits.detach().clone(), softmax_of(logits.detach(), tokens)
+    found = softmax_of(spare, tokens, spare=True)
+    assert torch.equal(found[0], plain_softmax[0]) and torch.equal(found[1], plain_softmax[1])
+    assert found[2].weights is spare and torch.equal(spare, plain_softmax[2].weights)
 
 
 def test_a_token_is_where_the_sum_of_the_distribution_passes_its_number() -> None:
