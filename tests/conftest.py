@@ -20,6 +20,7 @@ def by_token(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     from rlhf_ppo.ppo import cpu
 
     monkeypatch.setattr(cpu, "BY_TOKEN", request.param)
+    monkeypatch.setattr(cpu, "NARROW", 0)
     return bool(request.param)
 
 

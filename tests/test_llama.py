@@ -139,7 +139,11 @@ def test_few_places_that_predict_a_token_learn_the_same_from_large_weights(
         assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
 
 
-def test_states_lie_as_the_processor_wants_them(by_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("narrow", (True, False))
+def test_states_lie_as_the_processor_wants_them(by_token: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if narrow:
+        # These lie token by token on any.
+        monkeypatch.setattr(cpu, "NARROW", llama().config.hidden_size)
     model, seen = llama(), []
     norm_gradient = llama_module._norm_gradient
 
@@ -154,7 +158,7 @@ def test_states_lie_as_the_processor_wants_them(by_token: bool, monkeypatch: pyt
     for kept in one.tape.layers:
         seen += [kept.before.states, kept.before.scaled, kept.after.states, kept.gate_and_up, kept.active]
     one.learn(torch.ones(len(one.logprobs)), torch.ones(len(one.logprobs)))
-    assert len(seen) == 5 * 2 + 2 * 5 and {states.is_contiguous() for states in seen} == {by_token}
+    assert len(seen) == 5 * 2 + 2 * 5 and {states.is_contiguous() for states in seen} == {by_token or narrow}
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -261,6 +265,8 @@ def test_it_samples_and_scores_as_the_model_does(
     few: list[int] = []
     product = cpu.product_of_few
     monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 1 if large else 1 << 30)
+    # A token attends by two products on one kind of processor, by torch's kernel on the other.
+    monkeypatch.setattr(decoding, "BY_PRODUCTS", not by_token)
     monkeypatch.setattr(
         cpu, "product_of_few", lambda states, weight: (few.append(len(states)), product(states, weight))[1]
     )

@@ -33,6 +33,8 @@ LEAST_OF_HEAD = 1 << 20
 """Weights of a head from which oneDNN is."""
 BY_TOKEN = AVX512
 """Whether states (tokens, n) lie in memory token by token: there MKL's gradients of states are faster so."""
+NARROW = 256
+"""The width of states that lie token by token on any processor: products of weights so narrow are no slower for it."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 KEPT = 32 << 20
@@ -129,12 +131,17 @@ def are_few(weight: Tensor, tokens: int) -> bool:
 
 def laid(states: Tensor) -> Tensor:
     """``states`` (tokens, n), which lie token by token, as this processor wants them."""
-    return states if BY_TOKEN else states.t().contiguous().t()
+    return states if _by_token(states.shape[1]) else states.t().contiguous().t()
+
+
+def _by_token(width: int) -> bool:
+    """Whether states (tokens, ``width``) lie token by token."""
+    return BY_TOKEN or width <= NARROW
 
 
 def rows_of(states: Tensor, index: Tensor) -> Tensor:
     """The rows ``index`` of ``states`` (tokens, n), laid as they are."""
-    return states.index_select(0, index) if BY_TOKEN else states.t().index_select(1, index).t()
+    return states.index_select(0, index) if states.is_contiguous() else states.t().index_select(1, index).t()
 
 
 def times_by_token(states: Tensor, weight: Tensor) -> Tensor:
@@ -148,8 +155,10 @@ def times_by_token(states: Tensor, weight: Tensor) -> Tensor:
 
 def times(states: Tensor, weight: Tensor) -> Tensor:
     """``states`` (tokens, k) times the transpose of ``weight`` (n, k), laid as this processor wants it."""
-    if are_few(weight, states.shape[0]) or (BY_TOKEN and not _are_columns(weight, states.shape[0])):
-        return times_by_token(states, weight)
+    if are_few(weight, states.shape[0]):
+        return product_of_few(states, weight)
+    if _by_token(min(weight.shape)) and not _are_columns(weight, states.shape[0]):
+        return nn.functional.linear(states, weight)
     return (weight @ states.t()).t()
 
 
@@ -159,7 +168,7 @@ def plus_times(others: Tensor, states: Tensor, weight: Tensor) -> Tensor:
         return others.add_(product_of_few(states, weight))
     if _are_columns(weight, states.shape[0]):
         return others.add_((weight @ states.t()).t())
-    if BY_TOKEN:
+    if _by_token(min(weight.shape)):
         return others.addmm_(states, weight.t())
     others.t().addmm_(weight, states.t())
     return others
@@ -172,7 +181,7 @@ def _are_columns(weight: Tensor, tokens: int) -> bool:
 
 def back_times(gradient: Tensor, weight: Tensor) -> Tensor:
     """``gradient`` (tokens, n) times ``weight`` (n, k), laid as this processor wants it."""
-    return gradient @ weight if BY_TOKEN else (weight.t() @ gradient.t()).t()
+    return gradient @ weight if _by_token(min(weight.shape)) else (weight.t() @ gradient.t()).t()
 
 
 def product_of(states: Tensor, weight: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rlhf_ppo.ppo.cpu import are_few, laid
+from rlhf_ppo.ppo.cpu import AVX512, are_few, laid
 from rlhf_ppo.ppo.llama import Llama, fill, filled, normed_by, turns_at
 from rlhf_ppo.ppo.packing import Layout
+
+BY_PRODUCTS = not AVX512
+"""Whether a token attends by two products for all rows, which is faster. With AVX-512 a row rounds by their number."""
 
 
 class Decoder:
@@ -26,17 +29,17 @@ class Decoder:
         self.column = int(lengths.max())
         self.layout = Layout.of(lengths.tolist())
         self.seen, self.ids = lengths, torch.cat(queries)
-        missing = self.column - lengths
-        # (rows, 1, 1, columns): what is added to scores
-        self.mask: Tensor | None = None
-        if bool(missing.any()):
-            hidden = torch.arange(self.column + room) < missing[:, None, None, None]
-            self.mask = model.head.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        rows, heads, columns = torch.arange(len(queries)).repeat_interleave(lengths), 2 * model.keys, self.column + room
-        places = (rows * heads * columns + missing[rows] + self.layout.positions[0])[:, None]
-        # Of each token and head
-        self.places = (places + torch.arange(heads) * columns).flatten()
-        self.memory = [model.head.new_zeros(len(queries), heads, columns, model.size) for _ in model.layers]
+        missing, columns, keys = self.column - lengths, self.column + room, model.keys
+        # (rows * keys, 1, columns): what is added to scores
+        hidden = torch.arange(columns) < missing.repeat_interleave(keys)[:, None, None]
+        self.mask = model.head.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        # The places of keys, and then of values, of each token and head
+        rows = torch.arange(len(queries)).repeat_interleave(lengths)
+        firsts = (rows * keys * columns + missing[rows] + self.layout.positions[0])[:, None, None]
+        kinds = torch.arange(2)[:, None] * len(queries) * keys * columns
+        self.places = (firsts + kinds + torch.arange(keys) * columns).flatten()
+        # Keys and values
+        self.memory = [model.head.new_zeros(2, len(queries) * keys, columns, model.size) for _ in model.layers]
         self.turns = model.turns(self.column + room)
 
     @torch.inference_mode()
@@ -66,16 +69,17 @@ class Decoder:
         states = states if few else laid(states)
         turns = turns_at(self.turns, self.seen, count)
         self.seen, self.column = self.seen + 1, self.column + 1
-        mask = None if self.mask is None else self.mask[..., : self.column]
+        mask = self.mask[..., : self.column]
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, None]:
-                memory[:, :, here] = heads[:rows, model.queries :]
-                keys, values = memory[:, :, : self.column].split(model.keys, 1)
+                new = heads[:rows, model.queries :].unflatten(1, (2, -1)).transpose(0, 1)
+                memory[:, :, here] = new.reshape(2, -1, model.size)
                 # Heads that share keys are queries of one: nothing is copied for each.
-                asked = heads[:rows, : model.queries].unflatten(1, (model.keys, -1))
-                found = scaled_dot_product_attention(asked, keys, values, mask, scale=model.scale)
-                return fill(found.flatten(1), count), None
+                asked = heads[:rows, : model.queries].reshape(rows * model.keys, -1, model.size)
+                keys, values = memory[:, :, : self.column]
+                found = attend_to(asked, keys, values, mask, model.scale)
+                return fill(found.view(rows, -1), count), None
 
             states, _ = model.through(layer, states, turns, attend)
         return normed_by(model.norm, states[:rows]).states
@@ -83,6 +87,13 @@ class Decoder:
     @torch.inference_mode()
     def batch_select_indices(self, rows: Tensor) -> None:
         """Go on with ``rows`` alone."""
-        self.memory = [memory.index_select(0, rows) for memory in self.memory]
-        self.seen = self.seen[rows]
-        self.mask = None if self.mask is None else self.mask[rows]
+        keys = (rows[:, None] * self.model.keys + torch.arange(self.model.keys)).flatten()
+        self.memory = [memory.index_select(1, keys) for memory in self.memory]
+        self.seen, self.mask = self.seen[rows], self.mask[keys]
+
+
+def attend_to(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """What ``queries`` (n, m, size) find in ``values`` by ``keys``, (n, columns, size); ``mask`` is (n, 1, columns)."""
+    if BY_PRODUCTS:
+        return torch.baddbmm(mask, queries, keys.mT, alpha=scale).softmax(-1).bmm(values)
+    return scaled_dot_product_attention(queries[:, None], keys[:, None], values[:, None], mask[:, None], scale=scale)

@@ -240,7 +240,7 @@ class Llama:
         for layer in reversed(self.layers[tape.first :]):
             states = self._layer_gradient(layer, tape.layers.pop(), tape, states, gradients)
         states = states[: len(tape.ids)]
-        if self.padding is not None:
+        if self.padding is not None and self.padding in tape.ids.numpy():
             # torch's embedding of this id learns nothing.
             states[tape.ids == self.padding] = 0
         gradients.add_rows(self.embeddings, tape.ids, states)

@@ -105,8 +105,8 @@ def _read(logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = logits.amax(-1)
     shifted = logits - largest[:, None]
     torch.exp(shifted, out=weights)
-    shifted.clamp_(min=torch.finfo(shifted.dtype).min)
-    return largest, weights.sum(-1), shifted.mul_(weights).sum(-1)
+    # -inf times a weight of 0 is nan.
+    return largest, weights.sum(-1), shifted.mul_(weights).nansum(-1)
 
 
 def logits_gradient(gradient: Tensor, softmax: Softmax, tokens: Tensor) -> Tensor:
