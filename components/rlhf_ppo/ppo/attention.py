@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_ppo.ppo.packing import Layout
 
@@ -27,9 +27,6 @@ EIGHT = 8
 WORTH = 1 << 15
 """Scores that have to be saved by one more group: it costs about ten operations more."""
 
-HEADS, FOUND = "heads", "found"
-"""What stands group by group: queries, keys and values, and what queries found."""
-
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -37,53 +34,61 @@ _flash_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Attention:
     """The attention of ``queries`` heads to ``keys`` heads, for each group of sequences of about the same length.
 
-    The heads of all groups are brought together, and what they found is brought back, in one go.
+    The heads of all groups are brought together, and what they found is brought back, in one go. Queries and keys are
+    turned by ``turns``, cosines and signed sines (positions, size) of the rotations; None where they are already.
     """
 
-    def __init__(self, layout: Layout, columns: int, queries: int, keys: int, scale: float) -> None:
-        self.columns, self.queries, self.heads = columns, queries, queries + 2 * keys
+    def __init__(
+        self,
+        layout: Layout,
+        columns: int,
+        queries: int,
+        keys: int,
+        scale: float,
+        turns: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.columns, self.queries, self.keys, self.heads, self.turns = (
+            columns,
+            queries,
+            keys,
+            queries + 2 * keys,
+            turns,
+        )
         self.groups: list[Products | Flash] = []
         self.sizes: list[int] = []
-        lengths = layout.lengths
-        # Of each sequence: how far its heads are apart, and where its first queries, keys, values and finds are
-        spans, places = [0] * len(lengths), [[0] * len(lengths) for _ in range(4)]
-        ends = {HEADS: 0, FOUND: 0}
-        for sequences in alike(lengths, queries):
-            longest = -(-lengths[sequences[0]] // EIGHT) * EIGHT
+        # By numpy, whose calls are short
+        lengths, starts = numpy.array(layout.lengths), numpy.array(layout.starts)
+        tokens, apart, found_apart = int(lengths.sum()), [], []
+        # What is padded is a column more, of which there may be none.
+        for sequences in alike(layout.lengths, queries):
+            longest = -(-layout.lengths[sequences[0]] // EIGHT) * EIGHT
             shape = len(sequences), longest, queries, keys, scale
             self.groups.append(Products(*shape) if longest <= SHORT else Flash(*shape))
-            for kind, (of, count) in enumerate(((HEADS, queries), (HEADS, keys), (HEADS, keys), (FOUND, queries))):
-                for number, sequence in enumerate(sequences):
-                    spans[sequence], places[kind][sequence] = longest, ends[of] + number * count * longest
-                ends[of] += len(sequences) * count * longest
-                if of == HEADS:
-                    self.sizes.append(len(sequences) * count * longest)
-        # The same of each token, (tokens, 1), by numpy, whose calls are short
-        positions = layout.positions[0].numpy()
-        span = numpy.repeat(spans, lengths)[:, None]
-        query, key, value, found = (numpy.repeat(places, lengths, 1) + positions)[..., None]
-        of_queries, of_keys = span * numpy.arange(queries), span * numpy.arange(keys)
-        together = numpy.concatenate([query + of_queries, key + of_keys, value + of_keys], 1).ravel()
-        found_together = (found + of_queries).ravel()
-        self.together = torch.from_numpy(together)
+            self.sizes += [len(sequences) * count * longest for count in (queries, keys, keys)]
+            positions = numpy.arange(longest)
+            held = starts[sequences, None] + positions
+            held[positions >= lengths[sequences, None]] = tokens
+            held = held[:, None]
+            rows = held * self.heads + numpy.arange(self.heads)[:, None]
+            apart += [part.ravel() for part in numpy.split(rows, (queries, queries + keys), 1)]
+            found_apart.append((held * queries + numpy.arange(queries)[:, None]).ravel())
+        self.apart, self.together = _there_and_back(apart, tokens * self.heads, columns * self.heads)
+        self.found_apart, found_together = _there_and_back(found_apart, tokens * queries, columns * queries)
         # What columns more find is what the first token does: nobody asks.
-        self.found_together = torch.from_numpy(numpy.pad(found_together, (0, columns * queries - len(found_together))))
+        self.found_together = nn.functional.pad(found_together, (0, (columns - tokens) * queries))
         # What padding finds is not read, and nobody learns from it: it has the gradient of a column more, or none.
-        more = columns > len(positions)
-        self.apart = _back(together, ends[HEADS])
-        self.found_apart = _back(found_together, ends[FOUND], len(found_together) if more else 0)
         self.real: Tensor | None = None
-        if len(self.found_apart) > len(found_together) and not more:
-            real = numpy.zeros((ends[FOUND], 1), dtype=numpy.float32)
-            real[found_together] = 1
-            self.real = torch.from_numpy(real)
+        if columns == tokens and len(self.found_apart) > tokens * queries:
+            real = torch.zeros(len(self.found_apart), 1)
+            self.real = real.index_fill_(0, found_together, 1)
 
     def __call__(self, heads: Tensor) -> tuple[Tensor, Any]:
         """What the queries found, (columns, queries * size), and what ``gradient`` needs."""
         size = heads.shape[-1]
-        parts = self._of_groups(heads.view(-1, size).index_select(0, self.apart))
+        rows = heads.view(-1, size).index_select(0, self.apart)
+        self._turn(rows, 1)
         found = heads.new_empty(self.found_apart.shape[0], size)
-        each = zip(self.groups, parts, self._split(found), strict=True)
+        each = zip(self.groups, self._of_groups(rows), self._split(found), strict=True)
         saw = [group.attend(query, key, value, into) for group, (query, key, value), into in each]
         return found.index_select(0, self.found_together).view(self.columns, -1), saw
 
@@ -101,10 +106,22 @@ class Attention:
             self.groups, saw, found, self._split(of_found), self._of_groups(of_heads), strict=True
         ):
             group.gradient(*of, *parts)
+        self._turn(of_heads, -1)
         whole, known = gradient.new_empty(self.columns * self.heads, size), self.together.shape[0]
         torch.index_select(of_heads, 0, self.together, out=whole[:known])
         whole[known:] = 0
         return whole.view(self.columns, self.heads, size)
+
+    def _turn(self, rows: Tensor, direction: int) -> None:
+        """Turn queries and keys of all groups, or with -1 as ``direction`` turn their gradients back."""
+        if self.turns is None:
+            return
+        first = 0
+        for group, *sizes in zip(self.groups, self.sizes[::3], self.sizes[1::3], strict=True):
+            turned = rows[first : first + sum(sizes)].view(-1, group.longest, rows.shape[1])
+            cosines, sines = self.turns
+            turn(turned, (cosines[: group.longest], sines[: group.longest]), direction)
+            first += sum(sizes) + sizes[1]
 
     def _split(self, found: Tensor) -> Any:
         """The queries' rows of each group."""
@@ -116,12 +133,18 @@ class Attention:
         return [parts[first : first + 3] for first in range(0, len(parts), 3)]
 
 
+def turn(heads: Tensor, turns: tuple[Tensor, Tensor], direction: int = 1) -> None:
+    """Turn ``heads`` (..., size) by cosines and signed sines that go with them, or with -1 back."""
+    swapped = heads.roll(heads.shape[-1] // 2, -1)
+    heads.mul_(turns[0]).addcmul_(swapped, turns[1], value=direction)
+
+
 class Products:
     """Scores, their softmax, and values: each one product for all sequences and heads of a group."""
 
     def __init__(self, sequences: int, longest: int, queries: int, keys: int, scale: float) -> None:
         # Heads that share keys stand below each other.
-        self.shape = (sequences * keys, queries // keys * longest)
+        self.shape, self.longest = (sequences * keys, queries // keys * longest), longest
         self.mask = _causal(longest, queries // keys)
         self.scale = scale
 
@@ -190,8 +213,11 @@ def alike(lengths: list[int], heads: int) -> list[list[int]]:
     return groups
 
 
-def _back(places: Any, count: int, padding: int = 0) -> Tensor:
-    """(count,): which of ``places``, an array, is each; ``padding`` where none is."""
-    found = numpy.full(count, padding)
-    found[places] = numpy.arange(len(places))
-    return torch.from_numpy(found)
+def _there_and_back(parts: list[Any], known: int, count: int) -> tuple[Tensor, Tensor]:
+    """Places that are chosen, of ``count``, and where each of the ``known`` first has gone; others are any."""
+    there = numpy.concatenate(parts)
+    back = numpy.empty(max(int(there.max()) + 1, known), dtype=numpy.int64)
+    back[there] = numpy.arange(len(there))
+    if len(back) > count:
+        there[there >= count] = 0
+    return torch.from_numpy(there), torch.from_numpy(back[:known])

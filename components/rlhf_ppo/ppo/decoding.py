@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlhf_ppo.ppo.attention import turn
 from rlhf_ppo.ppo.cpu import AVX512, are_few, laid
 from rlhf_ppo.ppo.llama import Llama, fill, filled, normed_by, turns_at
 from rlhf_ppo.ppo.packing import Layout
@@ -46,16 +47,17 @@ class Decoder:
     def start(self) -> Tensor:
         """Last hidden states (rows, hidden) at the ends of the queries."""
         model, turns = self.model, turns_at(self.turns, self.layout.positions[0], filled(len(self.ids)))
-        states, packed = model.embedded(self.ids), model.attention(self.layout)
+        states, packed = model.embedded(self.ids), model.attention(self.layout, turned=True)
         ends = torch.tensor(self.layout.starts) + self.seen - 1
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Any]:
+                turn(heads[:, : model.queries + model.keys], turns)
                 read = heads[: len(self.ids), model.queries :].reshape(-1, model.size)
                 memory.view(-1, model.size).index_copy_(0, self.places, read)
                 return packed(heads)
 
-            states, _ = model.through(layer, states, turns, attend, ends if layer is model.layers[-1] else None)
+            states, _ = model.through(layer, states, attend, ends if layer is model.layers[-1] else None)
         return normed_by(model.norm, states).states
 
     @torch.inference_mode()
@@ -73,6 +75,7 @@ class Decoder:
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, None]:
+                turn(heads[:, : model.queries + model.keys], turns)
                 new = heads[:rows, model.queries :].unflatten(1, (2, -1)).transpose(0, 1)
                 memory[:, :, here] = new.reshape(2, -1, model.size)
                 # Heads that share keys are queries of one: nothing is copied for each.
@@ -81,7 +84,7 @@ class Decoder:
                 found = attend_to(asked, keys, values, mask, model.scale)
                 return fill(found.view(rows, -1), count), None
 
-            states, _ = model.through(layer, states, turns, attend)
+            states, _ = model.through(layer, states, attend)
         return normed_by(model.norm, states[:rows]).states
 
     @torch.inference_mode()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from rlhf_ppo.ppo.attention import Attention
+from rlhf_ppo.ppo.attention import EIGHT, Attention
 from rlhf_ppo.ppo.cpu import (
     MANY,
     back_times,
@@ -75,7 +75,6 @@ class Tape:
     ids: Tensor
     index: Tensor
     attention: Attention
-    turns: tuple[Tensor, Tensor]
     first: int
     layers: list[Kept] = field(default_factory=list)
     last: Normed | None = None
@@ -154,12 +153,11 @@ class Llama:
     @torch.inference_mode()
     def read(self, ids: Tensor, layout: Layout, index: Tensor, keep: bool = False) -> tuple[Tensor, Tape | None]:
         """Last hidden states (n, hidden) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
-        turns = turns_at(self.turns(max(layout.lengths)), layout.positions[0], filled(len(ids)))
         attention = self.attention(layout)
-        tape = Tape(ids, index, attention, turns, self._first()) if keep else None
+        tape = Tape(ids, index, attention, self._first()) if keep else None
         states = self.embedded(ids)
         for number, layer in enumerate(self.layers):
-            states, kept = self.through(layer, states, turns, attention, index if layer is self.layers[-1] else None)
+            states, kept = self.through(layer, states, attention, index if layer is self.layers[-1] else None)
             if tape is not None and number >= tape.first:
                 tape.layers.append(kept)
             # What is not kept is free before the next layer.
@@ -175,28 +173,28 @@ class Llama:
         found = product_of(hidden.contiguous(), self.head)
         return found if temperature == 1.0 else found.div_(temperature)
 
-    def attention(self, layout: Layout) -> Attention:
-        """That of sequences that stand end to end."""
-        return Attention(layout, filled(layout.positions.shape[1]), self.queries, self.keys, self.scale)
+    def attention(self, layout: Layout, turned: bool = False) -> Attention:
+        """That of sequences that stand end to end, whose queries and keys are ``turned`` or not."""
+        columns, turns = filled(layout.positions.shape[1]), None if turned else self.turns(max(layout.lengths) + EIGHT)
+        return Attention(layout, columns, self.queries, self.keys, self.scale, turns)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The first states of ``ids`` (tokens,), and of tokens more, of which nothing comes."""
         return laid(self.embeddings.index_select(0, fill(ids, filled(len(ids)))))
 
     def turns(self, count: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines (``count`` or more, 1, head size) of the rotations at the first positions."""
+        """Cosines and signed sines (``count`` or more, head size) of the rotations at the first positions."""
         if self.known_turns is None or len(self.known_turns[0]) < count:
             cosines, sines = self.rotary(self.embeddings[:1], torch.arange(count)[None])
             half = self.size // 2
             signed = torch.cat([-sines[0, :, :half], sines[0, :, half:]], 1)
-            self.known_turns = cosines[0, :, None], signed[:, None]
+            self.known_turns = cosines[0], signed
         return self.known_turns
 
     def through(
         self,
         layer: _Layer,
         states: Tensor,
-        turns: tuple[Tensor, Tensor],
         attention: Attend,
         index: Tensor | None = None,
     ) -> tuple[Tensor, Kept]:
@@ -205,9 +203,6 @@ class Llama:
         heads = times_by_token(before.states, layer.projections.whole).view(states.shape[0], -1, self.size)
         if layer.biases is not None:
             heads += layer.biases.whole.view(-1, self.size)
-        turned = heads[:, : self.queries + self.keys]
-        swapped = turned.roll(self.size // 2, -1)
-        turned.mul_(turns[0]).addcmul_(swapped, turns[1])
         attended, saw = attention(heads)
         here = attended
         if index is not None:
@@ -267,9 +262,6 @@ class Llama:
             of_attended = of_attended.new_zeros(tokens, of_attended.shape[1]).index_copy_(0, index, of_attended)
             of_middle = laid(of_middle.new_zeros(tokens, of_middle.shape[1]).index_copy_(0, index, of_middle))
         heads = tape.attention.gradient(kept.saw, kept.attended, of_attended)
-        turned = heads[:, : self.queries + self.keys]
-        swapped = turned.roll(self.size // 2, -1)
-        turned.mul_(tape.turns[0]).addcmul_(swapped, tape.turns[1], value=-1)
         flat = heads.flatten(1)
         gradients.add_products(layer.projections.parameters, flat, kept.before.states)
         if layer.biases is not None:
@@ -287,7 +279,7 @@ def filled(tokens: int) -> int:
 def turns_at(turns: tuple[Tensor, Tensor], positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Those of ``turns`` at ``positions`` (tokens,), each (count, 1, head size)."""
     places = fill(positions, count)
-    return turns[0].index_select(0, places), turns[1].index_select(0, places)
+    return turns[0].index_select(0, places)[:, None], turns[1].index_select(0, places)[:, None]
 
 
 def fill(rows: Tensor, count: int) -> Tensor:
