@@ -70,14 +70,14 @@ def advantages_and_returns(
     """
     if whiten_rewards:
         rewards = whiten(rewards, mask, center=False)
-    advantages = torch.zeros_like(rewards)
-    next_advantage = torch.zeros_like(rewards[:, 0])
+    advantages, next_advantage = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     next_value = torch.zeros_like(next_advantage)
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        here = delta + gamma * lam * next_advantage
-        next_advantage = torch.where(mask[:, t], here, next_advantage)
-        next_value = torch.where(mask[:, t], values[:, t], next_value)
-        advantages[:, t] = torch.where(mask[:, t], here, 0)
+    columns = zip(*(table.unbind(1) for table in (advantages, mask, rewards, values)), strict=True)
+    for advantage, counts, reward, value in reversed([*columns]):
+        here = reward + gamma * next_value - value + gamma * lam * next_advantage
+        next_advantage = torch.where(counts, here, next_advantage)
+        next_value = torch.where(counts, value, next_value)
+        advantage.copy_(here)
+    advantages = torch.where(mask, advantages, 0)
     returns = torch.where(mask, advantages + values, 0)
     return whiten(advantages, mask), returns
