@@ -141,24 +141,32 @@ def test_few_places_that_predict_a_token_learn_the_same_from_large_weights(
 
 @pytest.mark.parametrize("narrow", (True, False))
 def test_states_lie_as_the_processor_wants_them(by_token: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, wide = llama(), [], []
     if narrow:
-        # These lie token by token on any.
-        monkeypatch.setattr(cpu, "NARROW", llama().config.hidden_size)
-    model, seen = llama(), []
-    norm_gradient = llama_module._norm_gradient
+        # Those as wide as that lie token by token on any.
+        monkeypatch.setattr(cpu, "NARROW", model.config.hidden_size)
+    norm_gradient, back_times = llama_module._norm_gradient, llama_module.back_times
 
     def seeing(normed: Any, norm: Any, gradient: Tensor, *more: Any) -> Tensor:
         found = norm_gradient(normed, norm, gradient, *more)
         seen.extend([gradient, found])
         return found
 
+    def seeing_products(gradient: Tensor, weight: Tensor) -> Tensor:
+        found = back_times(gradient, weight)
+        (wide if found.shape[1] > model.config.hidden_size else seen).append(found)
+        return found
+
     monkeypatch.setattr(llama_module, "_norm_gradient", seeing)
+    monkeypatch.setattr(llama_module, "back_times", seeing_products)
     one = Pass(written_out(model), policy_of(model).v_head, Sequences.of(*rows(), packed=True), 1.0)  # type: ignore[arg-type]
     assert one.tape is not None
     for kept in one.tape.layers:
-        seen += [kept.before.states, kept.before.scaled, kept.after.states, kept.gate_and_up, kept.active]
+        seen += [kept.before.states, kept.before.scaled, kept.after.states]
+        wide += [kept.gate_and_up, kept.active]
     one.learn(torch.ones(len(one.logprobs)), torch.ones(len(one.logprobs)))
-    assert len(seen) == 5 * 2 + 2 * 5 and {states.is_contiguous() for states in seen} == {by_token or narrow}
+    assert len(seen) == 5 * 2 + 2 * 2 + 2 * 3 and {states.is_contiguous() for states in seen} == {by_token or narrow}
+    assert len(wide) == 2 + 2 * 2 and {states.is_contiguous() for states in wide} == {by_token}
 
 
 @pytest.mark.parametrize("name", PLAIN)

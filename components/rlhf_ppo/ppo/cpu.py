@@ -34,7 +34,7 @@ LEAST_OF_HEAD = 1 << 20
 BY_TOKEN = AVX512
 """Whether states (tokens, n) lie in memory token by token: there MKL's gradients of states are faster so."""
 NARROW = 256
-"""The width of states that lie token by token on any processor: products of weights so narrow are no slower for it."""
+"""The width up to which states lie token by token on any processor: they are the faster product so."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 KEPT = 32 << 20
@@ -157,7 +157,7 @@ def times(states: Tensor, weight: Tensor) -> Tensor:
     """``states`` (tokens, k) times the transpose of ``weight`` (n, k), laid as this processor wants it."""
     if are_few(weight, states.shape[0]):
         return product_of_few(states, weight)
-    if _by_token(min(weight.shape)) and not _are_columns(weight, states.shape[0]):
+    if _by_token(weight.shape[0]) and not _are_columns(weight, states.shape[0]):
         return nn.functional.linear(states, weight)
     return (weight @ states.t()).t()
 
@@ -168,7 +168,7 @@ def plus_times(others: Tensor, states: Tensor, weight: Tensor) -> Tensor:
         return others.add_(product_of_few(states, weight))
     if _are_columns(weight, states.shape[0]):
         return others.add_((weight @ states.t()).t())
-    if _by_token(min(weight.shape)):
+    if _by_token(weight.shape[0]):
         return others.addmm_(states, weight.t())
     others.t().addmm_(weight, states.t())
     return others
@@ -181,7 +181,7 @@ def _are_columns(weight: Tensor, tokens: int) -> bool:
 
 def back_times(gradient: Tensor, weight: Tensor) -> Tensor:
     """``gradient`` (tokens, n) times ``weight`` (n, k), laid as this processor wants it."""
-    return gradient @ weight if _by_token(min(weight.shape)) else (weight.t() @ gradient.t()).t()
+    return gradient @ weight if _by_token(weight.shape[1]) else (weight.t() @ gradient.t()).t()
 
 
 def product_of(states: Tensor, weight: Tensor) -> Tensor:
