@@ -31,8 +31,8 @@ class Decoder:
         self.layout = Layout.of(lengths.tolist())
         self.seen, self.ids = lengths, torch.cat(queries)
         missing, columns, keys = self.column - lengths, self.column + room, model.keys
-        # (rows * keys, 1, columns): what is added to scores
-        hidden = torch.arange(columns) < missing.repeat_interleave(keys)[:, None, None]
+        # (rows, 1, columns): what is added to scores
+        hidden = torch.arange(columns) < missing[:, None, None]
         self.mask = model.head.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         # The places of keys, and then of values, of each token and head
         rows = torch.arange(len(queries)).repeat_interleave(lengths)
@@ -40,7 +40,7 @@ class Decoder:
         kinds = torch.arange(2)[:, None] * len(queries) * keys * columns
         self.places = (firsts + kinds + torch.arange(keys) * columns).flatten()
         # Keys and values
-        self.memory = [model.head.new_zeros(2, len(queries) * keys, columns, model.size) for _ in model.layers]
+        self.memory = [model.head.new_zeros(2, len(queries), keys, columns, model.size) for _ in model.layers]
         self.turns = model.turns(self.column + room)
 
     @torch.inference_mode()
@@ -71,16 +71,15 @@ class Decoder:
         states = states if few else laid(states)
         turns = turns_at(self.turns, self.seen, count)
         self.seen, self.column = self.seen + 1, self.column + 1
-        mask = self.mask[..., : self.column]
+        mask = self.mask[..., : self.column].repeat_interleave(model.keys, 0)
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, None]:
                 turn(heads[:, : model.queries + model.keys], turns)
-                new = heads[:rows, model.queries :].unflatten(1, (2, -1)).transpose(0, 1)
-                memory[:, :, here] = new.reshape(2, -1, model.size)
+                memory[:, :, :, here] = heads[:rows, model.queries :].unflatten(1, (2, -1)).transpose(0, 1)
                 # Heads that share keys are queries of one: nothing is copied for each.
                 asked = heads[:rows, : model.queries].reshape(rows * model.keys, -1, model.size)
-                keys, values = memory[:, :, : self.column]
+                keys, values = memory.flatten(1, 2)[:, :, : self.column]
                 found = attend_to(asked, keys, values, mask, model.scale)
                 return fill(found.view(rows, -1), count), None
 
@@ -90,9 +89,8 @@ class Decoder:
     @torch.inference_mode()
     def batch_select_indices(self, rows: Tensor) -> None:
         """Go on with ``rows`` alone."""
-        keys = (rows[:, None] * self.model.keys + torch.arange(self.model.keys)).flatten()
-        self.memory = [memory.index_select(1, keys) for memory in self.memory]
-        self.seen, self.mask = self.seen[rows], self.mask[keys]
+        self.memory = [memory.index_select(1, rows) for memory in self.memory]
+        self.seen, self.mask = self.seen[rows], self.mask[rows]
 
 
 def attend_to(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
