@@ -25,7 +25,7 @@ ALIKE = 0.8
 EIGHT = 8
 """The length of a group is a multiple of that, as vectors are: a product of 39 by 39 takes longer than of 40 by 40."""
 WORTH = 1 << 15
-"""Scores that have to be saved by one more group: it costs about ten operations more."""
+"""Scores that have to be saved by one more group: it costs about fifteen operations more."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_gradient = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -47,13 +47,7 @@ class Attention:
         scale: float,
         turns: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.columns, self.queries, self.keys, self.heads, self.turns = (
-            columns,
-            queries,
-            keys,
-            queries + 2 * keys,
-            turns,
-        )
+        self.columns, self.queries, self.heads, self.turns = columns, queries, queries + 2 * keys, turns
         self.groups: list[Products | Flash] = []
         self.sizes: list[int] = []
         # By numpy, whose calls are short

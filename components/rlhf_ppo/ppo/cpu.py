@@ -32,7 +32,7 @@ LEAST_WEIGHTS = 1 << 16
 LEAST_OF_HEAD = 1 << 20
 """Weights of a head from which oneDNN is."""
 BY_TOKEN = AVX512
-"""Whether states (tokens, n) lie in memory token by token: there MKL's gradients of states are faster so."""
+"""Whether states (tokens, n) of any width lie in memory token by token: MKL's gradients of states are faster so."""
 NARROW = 256
 """The width up to which states lie token by token on any processor: they are the faster product so."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

@@ -1,9 +1,9 @@
 """Models of Llama's type on a CPU: their forward pass and its gradient, written out.
 
-States are (tokens, hidden), and lie in memory as the processor wants them (``cpu.BY_TOKEN``): on one kind token by
-token, on another number by number, for there a weight times such states is a third faster (docs/performance.md). Each
-pass is a short list of large operations. The gradient of a weight is left as the two matrices that it is the product of
-(``Gradients``).
+States are (tokens, n), and lie in memory as the processor wants them (``cpu.BY_TOKEN``): on one kind token by token, on
+another those wider than ``cpu.NARROW`` number by number, for a weight times such states is faster there
+(docs/performance.md). Each pass is a short list of large operations. The gradient of a weight is left as the two
+matrices that it is the product of (``Gradients``).
 """
 
 from __future__ import annotations

@@ -144,6 +144,4 @@ def logprob_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of each of ``tokens`` (n,) under ``logits`` (n, vocabulary), in fp32."""
     logits = logits.float()
-    rows = max(AT_ONCE // logits.shape[-1], 1)
-    parts = [logits] if logits.device.type != "cpu" else logits.split(rows)
-    return logits.gather(-1, tokens[:, None]).squeeze(-1) - torch.cat([torch.logsumexp(part, -1) for part in parts])
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
