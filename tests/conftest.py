@@ -14,14 +14,15 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.fixture(params=(False, True), ids=("by number", "by token"))
-def by_token(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """States that lie in memory as one kind of processor or the other wants them."""
-    from rlhf_ppo.ppo import cpu
+@pytest.fixture(params=("by number", "by token", "by oneDNN"))
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What this kind of processor wants: the layout of states in memory, and with the last oneDNN's products."""
+    from rlhf_ppo.ppo import products
 
-    monkeypatch.setattr(cpu, "BY_TOKEN", request.param)
-    monkeypatch.setattr(cpu, "NARROW", 0)
-    return bool(request.param)
+    monkeypatch.setattr(products, "BY_TOKEN", request.param != "by number")
+    monkeypatch.setattr(products, "BY_ONEDNN", request.param == "by oneDNN")
+    monkeypatch.setattr(products, "NARROW", 0)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

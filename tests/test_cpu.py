@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from rlhf_ppo.ppo import cpu
+from rlhf_ppo.ppo import cpu, products
 from rlhf_ppo.ppo.generation import Sampling, draw, sample
 from rlhf_ppo.ppo.models import PolicyWithValueHead
 from rlhf_ppo.ppo.sequences import Sequences
@@ -154,30 +154,66 @@ def test_weights_are_laid_out_anew_after_they_changed_and_not_kept() -> None:
 def test_few_states_are_multiplied_block_by_block(
     rows: int, threads: int, most: int, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "BLOCK", (32, most))
-    assert cpu._blocks(rows, threads, cpu.BLOCK) == blocks
+    monkeypatch.setattr(products, "BLOCK", (32, most))
+    assert products._blocks(rows, threads, products.BLOCK) == blocks
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         generator = torch.Generator().manual_seed(0)
         weight, states = (torch.randn(n, 72, generator=generator) for n in (rows, 20))
-        whole = cpu.product_of_few(states, weight)
+        whole = products.product_of_few(states, weight)
         exact = (states.double() @ weight.double().t()).float()
         torch.testing.assert_close(whole, exact, atol=2e-5, rtol=1e-5)
         for few in (1, 2, 3, 4, 5, 15):
-            found = cpu.product_of_few(states[:few].t().contiguous().t(), weight)
+            found = products.product_of_few(states[:few].t().contiguous().t(), weight)
             torch.testing.assert_close(found, exact[:few], atol=2e-5, rtol=1e-5)
             # Not by the number of others.
-            assert blocks == 1 or torch.equal(cpu.product_of_few(states[:few], weight), whole[:few])
+            assert blocks == 1 or torch.equal(products.product_of_few(states[:few], weight), whole[:few])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("tokens", "n", "k"), ((24, 40, 72), (40, 96, 16), (2, 600, 5)))
+def test_products_are_those_of_fp64_whichever_library_makes_them(tokens: int, n: int, k: int, processor: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states, weight, gradient, others = (
+        torch.randn(shape, generator=generator) for shape in ((tokens, k), (n, k), (tokens, n), (tokens, n))
+    )
+    by_number, some = states.t().contiguous().t(), torch.cat([others, gradient], 1)[:, n:]
+    forth, back = states.double() @ weight.double().t(), gradient.double() @ weight.double()
+    of_weight, kept = gradient.double().t() @ states.double(), torch.empty(n, k)
+    ways = {
+        "by token": (products.times_by_token(states, weight), forth),
+        "as it wants": (products.times(states, weight), forth),
+        "added": (products.plus_times(others.clone(), states, weight), others.double() + forth),
+        "a head's": (products.product_of(states, weight), forth),
+        "back": (products.back_times(gradient, weight), back),
+        "back by token": (products.back_times_by_token(gradient, weight), back),
+        "of weights": (products.weight_gradient(gradient, states), of_weight),
+        "of some rows": (products.weight_gradient(some, states), of_weight),
+        "by number": (products.weight_gradient(gradient, by_number), of_weight),
+        "written": (products.weight_gradient(gradient, states, kept), of_weight),
+    }
+    for way, (found, exact) in ways.items():
+        assert (found - exact).abs().max() <= 1e-6 * exact.abs().max() * k**0.5, way
+    assert torch.equal(kept, ways["written"][0])
+    assert all(ways[way][0].is_contiguous() for way in ("by token", "back by token", "of weights"))
+
+
+def test_onednn_rounds_a_row_alike_however_many_others_come_with_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n, k in ((96, 576), (600, 72)):
+        states, weight = torch.randn(130, k, generator=generator), torch.randn(n, k, generator=generator)
+        whole = products.by_onednn(states, weight)
+        for rows in (2, 3, 5, 8, 15, 16, 17, 40, 128):
+            assert torch.equal(products.by_onednn(states[:rows], weight), whole[:rows])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there")
 def test_memory_that_was_given_back_is_not_taken_from_the_kernel_again() -> None:
     script = """
 import resource, sys, torch
-from rlhf_ppo.ppo import cpu
+from rlhf_ppo.ppo import cpu, products
 if sys.argv[1] == "kept":
     cpu.keep_memory()
 for _ in range(8):

@@ -17,9 +17,9 @@ from rlhf_ppo.ppo import (
     PolicyWithValueHead,
     Sampling,
     attention,
-    cpu,
     decoding,
     generation,
+    products,
     rollout,
 )
 from rlhf_ppo.ppo import llama as llama_module
@@ -105,7 +105,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 @pytest.mark.parametrize("temperature", (1.0, 0.8))
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_is_written_out_says_and_learns_what_autograd_finds(
-    name: str, temperature: float, ragged: bool, kernel: type, by_token: bool
+    name: str, temperature: float, ragged: bool, kernel: type, processor: str
 ) -> None:
     model = WRITTEN[name]()
     other, sequences = copy.deepcopy(model), Sequences.of(*rows(ragged=ragged), packed=True)
@@ -122,29 +122,29 @@ def test_what_is_written_out_says_and_learns_what_autograd_finds(
 
 @pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
 def test_few_places_that_predict_a_token_learn_the_same_from_large_weights(
-    name: str, by_token: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, few = WRITTEN[name](), []
-    product = cpu.product_of_few
-    monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 1)
+    product = products.product_of_few
+    monkeypatch.setattr(products, "LEAST_WEIGHTS", 1)
     monkeypatch.setattr(
-        cpu, "product_of_few", lambda states, weight: (few.append(len(states)), product(states, weight))[1]
+        products, "product_of_few", lambda states, weight: (few.append(len(states)), product(states, weight))[1]
     )
     sequences = Sequences.of(queries(9, 12), queries(3, 4, seed=2), packed=True)
     expected = by_autograd(policy_of(copy.deepcopy(model)), sequences, 1.0)
     found = by_hand(policy_of(model), sequences, 1.0)
     # The last layer's three products of states, and the head's
-    assert few.count(7) == 4 and found.keys() == expected.keys()
+    assert few.count(7) == (0 if processor == "by oneDNN" else 4) and found.keys() == expected.keys()
     for part, value in expected.items():
         assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
 
 
 @pytest.mark.parametrize("narrow", (True, False))
-def test_states_lie_as_the_processor_wants_them(by_token: bool, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_lie_as_the_processor_wants_them(processor: str, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen, wide = llama(), [], []
     if narrow:
         # Those as wide as that lie token by token on any.
-        monkeypatch.setattr(cpu, "NARROW", model.config.hidden_size)
+        monkeypatch.setattr(products, "NARROW", model.config.hidden_size)
     norm_gradient, back_times = llama_module._norm_gradient, llama_module.back_times
 
     def seeing(normed: Any, norm: Any, gradient: Tensor, *more: Any) -> Tensor:
@@ -165,8 +165,10 @@ def test_states_lie_as_the_processor_wants_them(by_token: bool, narrow: bool, mo
         seen += [kept.before.states, kept.before.scaled, kept.after.states]
         wide += [kept.gate_and_up, kept.active]
     one.learn(torch.ones(len(one.logprobs)), torch.ones(len(one.logprobs)))
-    assert len(seen) == 5 * 2 + 2 * 2 + 2 * 3 and {states.is_contiguous() for states in seen} == {by_token or narrow}
-    assert len(wide) == 2 + 2 * 2 and {states.is_contiguous() for states in wide} == {by_token}
+    assert len(seen) == 5 * 2 + 2 * 2 + 2 * 3 and {states.is_contiguous() for states in seen} == {
+        processor != "by number" or narrow
+    }
+    assert len(wide) == 2 + 2 * 2 and {states.is_contiguous() for states in wide} == {processor != "by number"}
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -266,23 +268,25 @@ def test_of_weights_in_one_piece_those_that_are_frozen_learn_nothing() -> None:
 @pytest.mark.parametrize("lengths", ((4, 2, 7, 1, 5), (3, 3, 3), (2,)))
 @pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
 def test_it_samples_and_scores_as_the_model_does(
-    name: str, lengths: tuple[int, ...], large: bool, by_token: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, lengths: tuple[int, ...], large: bool, processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, asked = WRITTEN[name](), queries(*(lengths * (6 if len(lengths) > 1 else 1)))
     # Large weights are multiplied by few states in a way of its own.
     few: list[int] = []
-    product = cpu.product_of_few
-    monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 1 if large else 1 << 30)
+    product = products.product_of_few
+    monkeypatch.setattr(products, "LEAST_WEIGHTS", 1 if large else 1 << 30)
     # A token attends by two products on one kind of processor, by torch's kernel on the other.
-    monkeypatch.setattr(decoding, "BY_PRODUCTS", not by_token)
+    monkeypatch.setattr(decoding, "BY_PRODUCTS", processor == "by number")
     monkeypatch.setattr(
-        cpu, "product_of_few", lambda states, weight: (few.append(len(states)), product(states, weight))[1]
+        products, "product_of_few", lambda states, weight: (few.append(len(states)), product(states, weight))[1]
     )
     # Many end early: rows leave the batch.
     settings = Sampling(12, temperature=0.9, eos_token_ids=tuple(range(40, 64)))
     uniform, head = draw(len(asked), 12, torch.Generator().manual_seed(0)), policy_of(model).v_head
     found = sample(model, asked, settings, uniform, value_head=head)
-    assert (len({rows for rows in few if rows < cpu.MANY}) > 2) is (large and len(asked) > 1)
+    assert (len({rows for rows in few if rows < products.MANY}) > 2) is (
+        large and len(asked) > 1 and processor != "by oneDNN"
+    )
     # Logits of five tokens at a time
     monkeypatch.setattr(rollout, "LOGITS", 5 * len(model.lm_head.weight))
     scores = response_logprobs(model, asked, found.responses, temperature=0.9)

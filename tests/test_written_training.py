@@ -138,7 +138,7 @@ def assert_same_training(found: Any, expected: Any) -> None:
     ids=str,
 )
 def test_training_is_that_of_autograd(
-    changes: dict[str, Any], size: None, by_token: bool, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], size: None, processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = trainer(**changes)
     assert trained.optimization._written_out() is not None

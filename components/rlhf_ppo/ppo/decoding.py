@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_ppo.ppo.attention import turn
-from rlhf_ppo.ppo.cpu import AVX512, are_few, laid
 from rlhf_ppo.ppo.llama import Llama, fill, filled, normed_by, turns_at
 from rlhf_ppo.ppo.packing import Layout
+from rlhf_ppo.ppo.products import AVX512, laid, stay_few
 
 BY_PRODUCTS = not AVX512
 """Whether a token attends by two products for all rows, which is faster. With AVX-512 a row rounds by their number."""
@@ -65,7 +65,7 @@ class Decoder:
         """Last hidden states (rows, hidden) after ``tokens`` (rows,)."""
         model, rows, here = self.model, tokens.shape[0], self.column
         # Few rows stay as few, each in one piece.
-        few = all(are_few(weight, rows) for weight in model.layers[0].weights)
+        few = all(stay_few(weight, rows) for weight in model.layers[0].weights)
         count = rows if few or rows == 1 else filled(rows)
         states = model.embeddings.index_select(0, fill(tokens, count))
         states = states if few else laid(states)

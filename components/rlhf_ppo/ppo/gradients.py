@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.ppo.lanes import share
+from rlhf_ppo.ppo.products import weight_gradient
 
 PART = 1 << 20
 """Numbers of a weight that are learned at once, so that a thread needs little memory."""
@@ -42,7 +43,7 @@ class Part(NamedTuple):
         if self.of_output is None or self.inputs is None:
             found = torch.zeros_like(self.weight)
         else:
-            found = torch.mm(self.of_output, self.inputs)
+            found = weight_gradient(self.of_output, self.inputs)
         return found if self.ids is None or self.added is None else found.index_add_(0, self.ids, self.added)
 
 
@@ -133,7 +134,7 @@ class Gradients:
         weights = parameter.split(size)
         nothing: list[Any] = [None] * len(weights)
         of_output, inputs = self._factors.get(id(parameter), (None, None))
-        outputs = nothing if of_output is None else of_output.t().split(size)
+        outputs = nothing if of_output is None else of_output.split(size, 1)
         ids = added = nothing
         if parameter in self.rows:
             ordered, order = self.rows[parameter][0].sort(stable=True)
@@ -181,7 +182,7 @@ class Gradients:
         for weights, of_output, inputs in self.products:
             shape = of_output.shape[1], inputs.shape[1]
             found = whole.as_strided(shape, (shape[1], 1), place)
-            torch.mm(of_output.t(), inputs, out=found)
+            weight_gradient(of_output, inputs, out=found)
             parts += [found] if len(weights) == 1 else found.split([weight.shape[0] for weight in weights])
             place += shape[0] * shape[1]
         rest = self.parameters[len(parts) :]

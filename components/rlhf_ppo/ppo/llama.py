@@ -1,9 +1,8 @@
 """Models of Llama's type on a CPU: their forward pass and its gradient, written out.
 
-States are (tokens, n), and lie in memory as the processor wants them (``cpu.BY_TOKEN``): on one kind token by token, on
-another those wider than ``cpu.NARROW`` number by number, for a weight times such states is faster there
-(docs/performance.md). Each pass is a short list of large operations. The gradient of a weight is left as the two
-matrices that it is the product of (``Gradients``).
+States are (tokens, n), and lie in memory as the processor wants them (``ppo/products.py``): token by token, or where a
+weight times states is faster number by number those that are wide (docs/performance.md). Each pass is a short list of
+large operations. The gradient of a weight is left as the two matrices that it is the product of (``Gradients``).
 """
 
 from __future__ import annotations
@@ -20,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from rlhf_ppo.ppo.attention import EIGHT, Attention
-from rlhf_ppo.ppo.cpu import (
+from rlhf_ppo.ppo.gradients import Gradients
+from rlhf_ppo.ppo.packing import AGREEMENT, Layout
+from rlhf_ppo.ppo.products import (
     MANY,
     back_times,
+    back_times_by_token,
     laid,
     plus_times,
     product_of,
@@ -30,8 +32,6 @@ from rlhf_ppo.ppo.cpu import (
     times,
     times_by_token,
 )
-from rlhf_ppo.ppo.gradients import Gradients
-from rlhf_ppo.ppo.packing import AGREEMENT, Layout
 from rlhf_ppo.ppo.tensors import length_mask, pad_rows
 
 KINDS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -256,7 +256,7 @@ class Llama:
         index = tape.index if layer is self.layers[-1] else None
         here = kept.attended if index is None else kept.attended.index_select(0, index)
         gradients.add_products([layer.out], of_middle, here)
-        of_attended = of_middle @ layer.out
+        of_attended = back_times_by_token(of_middle, layer.out)
         if index is not None:
             tokens = kept.before.states.shape[0]
             of_attended = of_attended.new_zeros(tokens, of_attended.shape[1]).index_copy_(0, index, of_attended)

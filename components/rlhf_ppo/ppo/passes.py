@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ppo.ppo.cpu import back_times
 from rlhf_ppo.ppo.gradients import Gradients
 from rlhf_ppo.ppo.llama import Llama
 from rlhf_ppo.ppo.models import ValueHead
+from rlhf_ppo.ppo.products import back_times
 from rlhf_ppo.ppo.sequences import Sequences
 from rlhf_ppo.ppo.tensors import logits_gradient, softmax_of
 

@@ -1,0 +1,187 @@
+"""Matrix products on a CPU, in fp32, by the library and in the layout that are fast on the processor.
+
+States are (tokens, n), and a weight is (n, k) as in torch.nn.Linear. There are three kinds of processors: those without
+AVX-512, Intel's with it, and others with it, where MKL does without and oneDNN does not.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+
+
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether the processor has it: MKL and oneDNN have other kernels then, which want other shapes."""
+BY_ONEDNN = AVX512 and not _is_intel() and torch.backends.mkldnn.is_available()
+"""Whether all products are oneDNN's: where MKL does without AVX-512 they take half of its time."""
+BY_TOKEN = AVX512
+"""Whether states of any width lie in memory token by token: MKL's gradients of states are faster so, with AVX-512."""
+NARROW = 256
+"""The width up to which states lie token by token on any processor: they are the faster product so."""
+
+# MKL's
+BLOCK = 32, 96 if AVX512 else 768
+"""Rows of a weight that are multiplied at a time: the fewest, and the most."""
+MANY = 16
+"""Fewer tokens times a weight take MKL as long as that many, but for a single one."""
+COLUMNS = 32
+"""Tokens up to which, from ``MANY`` on, a large weight times them is the faster product whichever way they lie."""
+BY_BLOCKS = 15 if AVX512 else 128
+"""States up to which a product for each block is at least as fast as oneDNN's."""
+LEAST_WEIGHTS = 1 << 16
+"""Weights of a layer from which a product for each of several blocks is worth the calls."""
+LEAST_OF_HEAD = 1 << 20
+"""Weights of a head from which oneDNN is."""
+
+
+# 1. By one library
+
+
+def by_onednn(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``states`` (..., k) times the transpose of ``weight`` (n, k), plus ``bias``.
+
+    A row rounds the same way however many others come with it, from two on.
+    """
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    return found
+
+
+def product_of_few(states: Tensor, weight: Tensor) -> Tensor:
+    """``states`` (n, k) times the transpose of ``weight`` (m, k), for small n: one product for each block of weights.
+
+    Each core then has blocks that stay in its cache. Where there are several, a row rounds the same way however many
+    others come with it: fewer than four would be summed in another order.
+    """
+    blocks, missing = _blocks(len(weight), torch.get_num_threads(), BLOCK), max(4 - len(states), 0)
+    filled = pad(states, (0, 0, 0, missing)) if missing else states
+    found = torch.bmm(filled.expand(blocks, -1, -1), weight.unflatten(0, (blocks, -1)).mT)
+    return found[:, : len(states)].transpose(0, 1).flatten(1)
+
+
+@cache
+def _blocks(rows: int, threads: int, sizes: tuple[int, int]) -> int:
+    """In how many equal blocks: two for each thread or more, of as many rows as ``sizes`` allow."""
+    least = max(2 * threads, -(-rows // sizes[1]))
+    return next((blocks for blocks in range(least, rows // sizes[0] + 1) if rows % blocks == 0), 2 - rows % 2)
+
+
+# 2. How states lie
+
+
+def laid(states: Tensor) -> Tensor:
+    """``states`` (tokens, n), which lie token by token, as this processor wants them."""
+    return states if _lie_by_token(states.shape[1]) else states.t().contiguous().t()
+
+
+def _lie_by_token(width: int) -> bool:
+    """Whether states (tokens, ``width``) lie token by token."""
+    return BY_TOKEN or width <= NARROW
+
+
+def rows_of(states: Tensor, index: Tensor) -> Tensor:
+    """The rows ``index`` of ``states`` (tokens, n), laid as they are."""
+    return states.index_select(0, index) if states.is_contiguous() else states.t().index_select(1, index).t()
+
+
+def stay_few(weight: Tensor, tokens: int) -> bool:
+    """Whether so few tokens are multiplied by ``weight`` as they are, and in less time than ``MANY``."""
+    return BY_ONEDNN or _are_few(weight, tokens)
+
+
+def _are_few(weight: Tensor, tokens: int) -> bool:
+    """Whether so few tokens are worth a product for each block of ``weight``."""
+    return 1 < tokens < MANY and weight.numel() >= LEAST_WEIGHTS
+
+
+def _are_columns(weight: Tensor, tokens: int) -> bool:
+    """Whether so few tokens are columns for a large weight also where states lie token by token."""
+    return BY_TOKEN and MANY <= tokens <= COLUMNS and weight.numel() >= LEAST_WEIGHTS
+
+
+# 3. Products of states and weights
+
+
+def times_by_token(states: Tensor, weight: Tensor) -> Tensor:
+    """``states`` (tokens, k) times the transpose of ``weight`` (n, k), token by token: (tokens, n)."""
+    if BY_ONEDNN:
+        return by_onednn(states, weight)
+    if _are_few(weight, states.shape[0]):
+        return product_of_few(states, weight)
+    if _are_columns(weight, states.shape[0]):
+        return (weight @ states.t()).t().contiguous()
+    return linear(states, weight)
+
+
+def times(states: Tensor, weight: Tensor) -> Tensor:
+    """``states`` (tokens, k) times the transpose of ``weight`` (n, k), laid as this processor wants it."""
+    if BY_ONEDNN:
+        return by_onednn(states, weight)
+    if _are_few(weight, states.shape[0]):
+        return product_of_few(states, weight)
+    if _lie_by_token(weight.shape[0]) and not _are_columns(weight, states.shape[0]):
+        return linear(states, weight)
+    return (weight @ states.t()).t()
+
+
+def plus_times(others: Tensor, states: Tensor, weight: Tensor) -> Tensor:
+    """``others`` (tokens, n), used up, plus ``states`` (tokens, k) times the transpose of ``weight`` (n, k)."""
+    if BY_ONEDNN:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(states, others, weight, None, "add")
+        return found
+    if _are_few(weight, states.shape[0]):
+        return others.add_(product_of_few(states, weight))
+    if _are_columns(weight, states.shape[0]):
+        return others.add_((weight @ states.t()).t())
+    if _lie_by_token(weight.shape[0]):
+        return others.addmm_(states, weight.t())
+    others.t().addmm_(weight, states.t())
+    return others
+
+
+def back_times(gradient: Tensor, weight: Tensor) -> Tensor:
+    """``gradient`` (tokens, n) times ``weight`` (n, k), laid as this processor wants it."""
+    if BY_ONEDNN:
+        return by_onednn(gradient, weight.t())
+    return gradient @ weight if _lie_by_token(weight.shape[1]) else (weight.t() @ gradient.t()).t()
+
+
+def back_times_by_token(gradient: Tensor, weight: Tensor) -> Tensor:
+    """``gradient`` (tokens, n) times ``weight`` (n, k), token by token."""
+    return by_onednn(gradient, weight.t()) if BY_ONEDNN else gradient @ weight
+
+
+def product_of(states: Tensor, weight: Tensor) -> Tensor:
+    """``states`` (n, k) times the transpose of ``weight`` (m, k), a head's."""
+    if BY_ONEDNN:
+        return by_onednn(states, weight)
+    if weight.numel() >= LEAST_WEIGHTS and 1 < states.shape[0] <= BY_BLOCKS:
+        return product_of_few(states, weight)
+    if weight.numel() < LEAST_OF_HEAD or not torch.backends.mkldnn.is_available():
+        return linear(states, weight)
+    return by_onednn(states, weight)
+
+
+def weight_gradient(gradient: Tensor, states: Tensor, out: Tensor | None = None) -> Tensor:
+    """The transpose of ``gradient`` (tokens, n) times ``states`` (tokens, k), (n, k), which is written to ``out``."""
+    if not BY_ONEDNN:
+        return torch.mm(gradient.t(), states, out=out)
+    # oneDNN reads either factor's transpose, but torch lays the first one out anew for it: the smaller one then.
+    tokens, (n, k) = len(gradient), (gradient.shape[1], states.shape[1])
+    if tokens * n <= tokens * k + n * k:
+        found = by_onednn(gradient.t(), states.contiguous().t())
+    else:
+        found = by_onednn(states.t(), gradient.contiguous().t()).t()
+    if out is not None:
+        return out.copy_(found)
+    return found.contiguous()
