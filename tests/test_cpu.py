@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(products, "LEAST_WEIGHTS", 1)
 
 
 def learned(model: nn.Module, passes: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
@@ -173,7 +174,7 @@ def test_few_states_are_multiplied_block_by_block(
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("tokens", "n", "k"), ((24, 40, 72), (40, 96, 16), (2, 600, 5)))
+@pytest.mark.parametrize(("tokens", "n", "k"), ((24, 40, 72), (40, 96, 16), (2, 600, 5), (14, 40, 72), (16, 16, 16)))
 def test_products_are_those_of_fp64_whichever_library_makes_them(tokens: int, n: int, k: int, processor: str) -> None:
     generator = torch.Generator().manual_seed(0)
     states, weight, gradient, others = (

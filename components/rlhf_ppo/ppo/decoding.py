@@ -11,10 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from rlhf_ppo.ppo.attention import turn
 from rlhf_ppo.ppo.llama import Llama, fill, filled, normed_by, turns_at
 from rlhf_ppo.ppo.packing import Layout
-from rlhf_ppo.ppo.products import AVX512, laid, stay_few
+from rlhf_ppo.ppo.products import AVX512, BY_ONEDNN, laid, stay_few
 
-BY_PRODUCTS = not AVX512
-"""Whether a token attends by two products for all rows, which is faster. With AVX-512 a row rounds by their number."""
+BY_PRODUCTS = not AVX512 or BY_ONEDNN
+"""Whether a token attends by two products, the faster way. With Intel's AVX-512 MKL rounds a row by their number."""
 
 
 class Decoder:

@@ -30,13 +30,14 @@ BY_TOKEN = AVX512
 NARROW = 256
 """The width up to which states lie token by token on any processor: they are the faster product so."""
 
-# MKL's
 BLOCK = 32, 96 if AVX512 else 768
 """Rows of a weight that are multiplied at a time: the fewest, and the most."""
 MANY = 16
 """Fewer tokens times a weight take MKL as long as that many, but for a single one."""
 COLUMNS = 32
 """Tokens up to which, from ``MANY`` on, a large weight times them is the faster product whichever way they lie."""
+SPARE = 3
+"""Of so many tokens as are columns for oneDNN, how many at most are missing to a multiple of ``MANY``."""
 BY_BLOCKS = 15 if AVX512 else 128
 """States up to which a product for each block is at least as fast as oneDNN's."""
 LEAST_WEIGHTS = 1 << 16
@@ -101,12 +102,13 @@ def stay_few(weight: Tensor, tokens: int) -> bool:
 
 def _are_few(weight: Tensor, tokens: int) -> bool:
     """Whether so few tokens are worth a product for each block of ``weight``."""
-    return 1 < tokens < MANY and weight.numel() >= LEAST_WEIGHTS
+    return not BY_ONEDNN and 1 < tokens < MANY and weight.numel() >= LEAST_WEIGHTS
 
 
 def _are_columns(weight: Tensor, tokens: int) -> bool:
     """Whether so few tokens are columns for a large weight also where states lie token by token."""
-    return BY_TOKEN and MANY <= tokens <= COLUMNS and weight.numel() >= LEAST_WEIGHTS
+    fit = -tokens % MANY <= SPARE if BY_ONEDNN else MANY <= tokens
+    return BY_TOKEN and fit and tokens <= COLUMNS and weight.numel() >= LEAST_WEIGHTS
 
 
 # 3. Products of states and weights
@@ -114,46 +116,52 @@ def _are_columns(weight: Tensor, tokens: int) -> bool:
 
 def times_by_token(states: Tensor, weight: Tensor) -> Tensor:
     """``states`` (tokens, k) times the transpose of ``weight`` (n, k), token by token: (tokens, n)."""
-    if BY_ONEDNN:
-        return by_onednn(states, weight)
     if _are_few(weight, states.shape[0]):
         return product_of_few(states, weight)
     if _are_columns(weight, states.shape[0]):
-        return (weight @ states.t()).t().contiguous()
-    return linear(states, weight)
+        return _by_number(states, weight).t().contiguous()
+    return _by_token(states, weight)
 
 
 def times(states: Tensor, weight: Tensor) -> Tensor:
     """``states`` (tokens, k) times the transpose of ``weight`` (n, k), laid as this processor wants it."""
-    if BY_ONEDNN:
-        return by_onednn(states, weight)
     if _are_few(weight, states.shape[0]):
         return product_of_few(states, weight)
     if _lie_by_token(weight.shape[0]) and not _are_columns(weight, states.shape[0]):
-        return linear(states, weight)
-    return (weight @ states.t()).t()
+        return _by_token(states, weight)
+    return _by_number(states, weight).t()
 
 
 def plus_times(others: Tensor, states: Tensor, weight: Tensor) -> Tensor:
     """``others`` (tokens, n), used up, plus ``states`` (tokens, k) times the transpose of ``weight`` (n, k)."""
-    if BY_ONEDNN:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(states, others, weight, None, "add")
-        return found
     if _are_few(weight, states.shape[0]):
         return others.add_(product_of_few(states, weight))
     if _are_columns(weight, states.shape[0]):
-        return others.add_((weight @ states.t()).t())
+        return others.add_(_by_number(states, weight).t())
+    if BY_ONEDNN:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(states, others, weight, None, "add")
+        return found
     if _lie_by_token(weight.shape[0]):
         return others.addmm_(states, weight.t())
     others.t().addmm_(weight, states.t())
     return others
 
 
+def _by_token(states: Tensor, weight: Tensor) -> Tensor:
+    """The product of ``states`` (tokens, k) and ``weight`` (n, k) as (tokens, n)."""
+    return by_onednn(states, weight) if BY_ONEDNN else linear(states, weight)
+
+
+def _by_number(states: Tensor, weight: Tensor) -> Tensor:
+    """The product of ``states`` (tokens, k) and ``weight`` (n, k) as (n, tokens)."""
+    return by_onednn(weight, states) if BY_ONEDNN else weight @ states.t()
+
+
 def back_times(gradient: Tensor, weight: Tensor) -> Tensor:
     """``gradient`` (tokens, n) times ``weight`` (n, k), laid as this processor wants it."""
-    if BY_ONEDNN:
-        return by_onednn(gradient, weight.t())
-    return gradient @ weight if _lie_by_token(weight.shape[1]) else (weight.t() @ gradient.t()).t()
+    if BY_ONEDNN or _lie_by_token(weight.shape[1]):
+        return back_times_by_token(gradient, weight)
+    return (weight.t() @ gradient.t()).t()
 
 
 def back_times_by_token(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -162,9 +170,9 @@ def back_times_by_token(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def product_of(states: Tensor, weight: Tensor) -> Tensor:
-    """``states`` (n, k) times the transpose of ``weight`` (m, k), a head's."""
+    """``states`` (n, k) times the transpose of ``weight`` (m, k), a head's, by oneDNN where that is worth the call."""
     if BY_ONEDNN:
-        return by_onednn(states, weight)
+        return times_by_token(states, weight)
     if weight.numel() >= LEAST_WEIGHTS and 1 < states.shape[0] <= BY_BLOCKS:
         return product_of_few(states, weight)
     if weight.numel() < LEAST_OF_HEAD or not torch.backends.mkldnn.is_available():
