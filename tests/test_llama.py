@@ -28,7 +28,7 @@ from rlhf_ppo.ppo.llama import written_out
 from rlhf_ppo.ppo.models import load_model, shared_reference
 from rlhf_ppo.ppo.packing import Layout
 from rlhf_ppo.ppo.passes import Pass
-from rlhf_ppo.ppo.rollout import response_logprobs
+from rlhf_ppo.ppo.rollout import response_entropies, response_logprobs
 from rlhf_ppo.ppo.sequences import Sequences
 from tiny_models import SIZES, VOCABULARY, gpt2, llama, made, policy_of, queries, qwen2
 
@@ -137,6 +137,30 @@ def test_few_places_that_predict_a_token_learn_the_same_from_large_weights(
     assert few.count(7) == (0 if processor == "by oneDNN" else 4) and found.keys() == expected.keys()
     for part, value in expected.items():
         assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
+
+
+def test_the_place_that_fills_up_learns_what_it_predicts(processor: str) -> None:
+    model = llama()
+    # A query of one token: the row's first place predicts one, and three places come up to a multiple of four.
+    sequences = Sequences.of(queries(1, 5), queries(2, 1, seed=2), packed=True)
+    assert sequences.index.tolist() == [0, 1, 6]
+    expected = by_autograd(policy_of(copy.deepcopy(model)), sequences, 1.0)
+    found = by_hand(policy_of(model), sequences, 1.0)
+    for part, value in expected.items():
+        assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
+
+
+def test_minibatches_of_many_lengths_have_few_shapes_for_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "BY_ONEDNN", True)
+    shapes, product = set(), products.by_onednn
+    monkeypatch.setattr(
+        products, "by_onednn", lambda *given: (shapes.add(tuple(part.shape for part in given)), product(*given))[1]
+    )
+    model = llama()
+    for length in range(3, 33):
+        by_hand(policy_of(model), Sequences.of(queries(length, 20), queries(length, 3, seed=2), packed=True), 1.0)
+    # 26 to 85 tokens, of which 6 to 35 predict one, would have 30 times 24.
+    assert len(shapes) <= 5 * 12 + 6 * 12
 
 
 @pytest.mark.parametrize("narrow", (True, False))
@@ -290,6 +314,7 @@ def test_it_samples_and_scores_as_the_model_does(
     # Logits of five tokens at a time
     monkeypatch.setattr(rollout, "LOGITS", 5 * len(model.lm_head.weight))
     scores = response_logprobs(model, asked, found.responses, temperature=0.9)
+    entropies = response_entropies(model, asked, found.responses, temperature=0.9)
     for module in (generation, rollout):
         monkeypatch.setattr(module, "written_out", lambda _: None)
     plain = sample(model, asked, settings, uniform, value_head=head)
@@ -301,6 +326,10 @@ def test_it_samples_and_scores_as_the_model_does(
     plain_scores = response_logprobs(model, asked, found.responses, temperature=0.9)
     for one, two in zip(scores, plain_scores, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    plain_entropies = response_entropies(model, asked, found.responses, temperature=0.9)
+    for each, plain_each in zip(entropies, plain_entropies, strict=True):
+        for one, two in zip(each, plain_each, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_is_read_once_all_responses_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:

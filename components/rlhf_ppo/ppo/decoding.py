@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf_ppo.ppo.attention import turn
-from rlhf_ppo.ppo.llama import Llama, fill, filled, normed_by, turns_at
+from rlhf_ppo.ppo.llama import Llama, filled, normed_by, turns_at
 from rlhf_ppo.ppo.packing import Layout
-from rlhf_ppo.ppo.products import AVX512, BY_ONEDNN, laid, stay_few
+from rlhf_ppo.ppo.products import AVX512, BY_ONEDNN, even, fill, laid, stay_few
 
 BY_PRODUCTS = not AVX512 or BY_ONEDNN
 """Whether a token attends by two products, the faster way. With Intel's AVX-512 MKL rounds a row by their number."""
@@ -66,7 +66,7 @@ class Decoder:
         model, rows, here = self.model, tokens.shape[0], self.column
         # Few rows stay as few, each in one piece.
         few = all(stay_few(weight, rows) for weight in model.layers[0].weights)
-        count = rows if few or rows == 1 else filled(rows)
+        count = even(rows) if few or rows == 1 else filled(rows)
         states = model.embeddings.index_select(0, fill(tokens, count))
         states = states if few else laid(states)
         turns = turns_at(self.turns, self.seen, count)

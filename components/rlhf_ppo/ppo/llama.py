@@ -25,6 +25,8 @@ from rlhf_ppo.ppo.products import (
     MANY,
     back_times,
     back_times_by_token,
+    even,
+    fill,
     laid,
     plus_times,
     product_of,
@@ -70,7 +72,10 @@ class Kept:
 
 @dataclass
 class Tape:
-    """What a forward pass leaves for its gradient, which uses it up; ``first`` is the first layer that learns."""
+    """What a forward pass leaves for its gradient, which uses it up; ``first`` is the first layer that learns.
+
+    ``index`` has as many places as ``last`` has states; more than were asked for get no gradient.
+    """
 
     ids: Tensor
     index: Tensor
@@ -153,7 +158,9 @@ class Llama:
     @torch.inference_mode()
     def read(self, ids: Tensor, layout: Layout, index: Tensor, keep: bool = False) -> tuple[Tensor, Tape | None]:
         """Last hidden states (n, hidden) of the places ``index`` (n,) of the row ``ids`` (tokens,); ``keep`` a tape."""
-        attention = self.attention(layout)
+        attention, count = self.attention(layout), len(index)
+        # The first place fills up.
+        index = fill(index, even(count))
         tape = Tape(ids, index, attention, self._first()) if keep else None
         states = self.embedded(ids)
         for number, layer in enumerate(self.layers):
@@ -165,12 +172,12 @@ class Llama:
         last = normed_by(self.norm, states)
         if tape is not None:
             tape.last = last
-        return last.states, tape
+        return last.states[:count], tape
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Logits (n, vocabulary) of last hidden states (n, hidden)."""
-        found = product_of(hidden.contiguous(), self.head)
+        found = product_of(fill(hidden.contiguous(), even(len(hidden))), self.head)[: len(hidden)]
         return found if temperature == 1.0 else found.div_(temperature)
 
     def attention(self, layout: Layout, turned: bool = False) -> Attention:
@@ -229,7 +236,7 @@ class Llama:
     # 2. Gradient
 
     def learn(self, tape: Tape, gradient: Tensor, gradients: Gradients) -> None:
-        """Put what the weights have of ``gradient`` (n, hidden), that of the hidden states, into ``gradients``."""
+        """Put what the weights have of ``gradient`` (n, hidden), that of ``tape.last``, into ``gradients``."""
         assert tape.last is not None
         states = _norm_gradient(tape.last, self.norm, gradient, None, gradients)
         for layer in reversed(self.layers[tape.first :]):
@@ -259,8 +266,8 @@ class Llama:
         of_attended = back_times_by_token(of_middle, layer.out)
         if index is not None:
             tokens = kept.before.states.shape[0]
-            of_attended = of_attended.new_zeros(tokens, of_attended.shape[1]).index_copy_(0, index, of_attended)
-            of_middle = laid(of_middle.new_zeros(tokens, of_middle.shape[1]).index_copy_(0, index, of_middle))
+            of_attended = of_attended.new_zeros(tokens, of_attended.shape[1]).index_add_(0, index, of_attended)
+            of_middle = laid(of_middle.new_zeros(tokens, of_middle.shape[1]).index_add_(0, index, of_middle))
         heads = tape.attention.gradient(kept.saw, kept.attended, of_attended)
         flat = heads.flatten(1)
         gradients.add_products(layer.projections.parameters, flat, kept.before.states)
@@ -273,19 +280,13 @@ class Llama:
 
 def filled(tokens: int) -> int:
     """As how many that many tokens are computed."""
-    return max(-(-tokens // WIDTH) * WIDTH, MANY)
+    return even(max(-(-tokens // WIDTH) * WIDTH, MANY))
 
 
 def turns_at(turns: tuple[Tensor, Tensor], positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Those of ``turns`` at ``positions`` (tokens,), each (count, 1, head size)."""
     places = fill(positions, count)
     return turns[0].index_select(0, places)[:, None], turns[1].index_select(0, places)[:, None]
-
-
-def fill(rows: Tensor, count: int) -> Tensor:
-    """``rows`` (tokens, ...) and zeros, (count, ...)."""
-    missing = count - rows.shape[0]
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
 def normed_by(norm: Any, states: Tensor) -> Normed:

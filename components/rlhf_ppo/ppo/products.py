@@ -6,6 +6,7 @@ AVX-512, Intel's with it, and others with it, where MKL does without and oneDNN 
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +39,8 @@ COLUMNS = 32
 """Tokens up to which, from ``MANY`` on, a large weight times them is the faster product whichever way they lie."""
 SPARE = 3
 """Of so many tokens as are columns for oneDNN, how many at most are missing to a multiple of ``MANY``."""
+EVEN = {4: 16, 16: 192, 32: sys.maxsize}
+"""Of what rows are a multiple for oneDNN, and up to how many."""
 BY_BLOCKS = 15 if AVX512 else 128
 """States up to which a product for each block is at least as fast as oneDNN's."""
 LEAST_WEIGHTS = 1 << 16
@@ -93,6 +96,24 @@ def _lie_by_token(width: int) -> bool:
 def rows_of(states: Tensor, index: Tensor) -> Tensor:
     """The rows ``index`` of ``states`` (tokens, n), laid as they are."""
     return states.index_select(0, index) if states.is_contiguous() else states.t().index_select(1, index).t()
+
+
+def even(rows: int) -> int:
+    """As how many that many rows, whose number varies, are multiplied.
+
+    oneDNN has code of its own for each shape, half a megabyte that stays in memory for long, between what comes and
+    goes there: minibatches of all lengths would make holes of hundreds of megabytes.
+    """
+    if not BY_ONEDNN or rows == 1:
+        return rows
+    size = next(size for size, most in EVEN.items() if rows <= most)
+    return -(-rows // size) * size
+
+
+def fill(rows: Tensor, count: int) -> Tensor:
+    """``rows`` (n, ...) and zeros, (count, ...)."""
+    missing = count - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
 
 def stay_few(weight: Tensor, tokens: int) -> bool:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ppo.ppo.advantages import full_kl
-from rlhf_ppo.ppo.llama import written_out
+from rlhf_ppo.ppo.llama import Llama, written_out
 from rlhf_ppo.ppo.models import PolicyWithValueHead, decoder_start, device_of, evaluating, response_logits
 from rlhf_ppo.ppo.packing import packs
 from rlhf_ppo.ppo.sequences import Padding, Sequences
-from rlhf_ppo.ppo.tensors import logprob_and_entropy, token_logprobs
+from rlhf_ppo.ppo.tensors import logprob_and_entropy, softmax_of, token_logprobs
 
 SCORING_TOKENS = 1024
 """Padded tokens in one forward pass without gradients: bounds the memory of its logits."""
@@ -133,11 +133,7 @@ def response_logprobs(
     with evaluating(model):
         for rows, sequences in _batches(queries, responses, padding, model, packs(model)):
             if written is not None:
-                assert sequences.layout is not None
-                hidden, _ = written.read(sequences.input_ids[0], sequences.layout, sequences.index)
-                size = max(LOGITS // len(written.head), 1)
-                parts = zip(hidden.split(size), sequences.tokens.split(size), strict=True)
-                logprobs = torch.cat([token_logprobs(written.logits(one, temperature), two) for one, two in parts])
+                logprobs = torch.cat([token_logprobs(*part) for part in _by_parts(written, sequences, temperature)])
             elif scorer is not None:
                 logprobs = scorer(
                     sequences.input_ids,
@@ -153,6 +149,15 @@ def response_logprobs(
             # A captured graph writes its next answer to the same place.
             found.place(rows, logprobs.clone())
     return found.found
+
+
+def _by_parts(written: Llama, sequences: Sequences, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (n, vocabulary) and tokens (n,) of some of the places that predict one at a time."""
+    assert sequences.layout is not None
+    hidden, _ = written.read(sequences.input_ids[0], sequences.layout, sequences.index)
+    size = max(LOGITS // len(written.head), 1)
+    for states, tokens in zip(hidden.split(size), sequences.tokens.split(size), strict=True):
+        yield written.logits(states, temperature), tokens
 
 
 @torch.no_grad()
@@ -197,10 +202,16 @@ def response_entropies(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probability and entropy (nats) at every response token under ``model``; 1-D rows."""
     logprobs, entropies = _Rows(responses, padding), _Rows(responses, padding)
+    written = written_out(model) if padding is None and packs(model) else None
     with evaluating(model):
         for rows, sequences in _batches(queries, responses, padding, model, packs(model)):
-            logits, _ = response_logits(model, sequences)
-            logp, entropy = logprob_and_entropy(logits / temperature, sequences.tokens)
+            if written is not None:
+                parts = _by_parts(written, sequences, temperature)
+                each = [softmax_of(logits, tokens)[:2] for logits, tokens in parts]
+                logp, entropy = (torch.cat(some) for some in zip(*each, strict=True))
+            else:
+                logits, _ = response_logits(model, sequences)
+                logp, entropy = logprob_and_entropy(logits / temperature, sequences.tokens)
             logprobs.place(rows, logp)
             entropies.place(rows, entropy)
     return logprobs.found, entropies.found
