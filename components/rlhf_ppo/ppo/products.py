@@ -57,6 +57,9 @@ def by_onednn(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
     A row rounds the same way however many others come with it, from two on.
     """
+    if not states.numel():
+        # oneDNN has no product of nothing.
+        return linear(states, weight, bias)
     found: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
     return found
 
@@ -159,7 +162,7 @@ def plus_times(others: Tensor, states: Tensor, weight: Tensor) -> Tensor:
         return others.add_(product_of_few(states, weight))
     if _are_columns(weight, states.shape[0]):
         return others.add_(_by_number(states, weight).t())
-    if BY_ONEDNN:
+    if BY_ONEDNN and states.numel():
         found: Tensor = torch.ops.mkldnn._linear_pointwise(states, others, weight, None, "add")
         return found
     if _lie_by_token(weight.shape[0]):
