@@ -19,7 +19,7 @@ from rlhf_ppo.ppo.products import by_onednn, weight_gradient
 
 LEAST_WEIGHTS = 1 << 16
 """Weights of a layer from which oneDNN is worth the call."""
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """Of mallopt(3)."""
 KEPT = 32 << 20
 """Bytes of the largest tensor whose memory is kept: the most that glibc takes."""
@@ -36,6 +36,8 @@ def keep_memory() -> None:
         if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version"):
             libc.mallopt(_MMAP_THRESHOLD, KEPT)
             libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+            # What one thread gives back, another one may take.
+            libc.mallopt(_ARENA_MAX, 1)
 
 
 def fuse(model: nn.Module, *, alone: bool) -> None:

@@ -51,11 +51,16 @@ Attend = Callable[[Tensor], tuple[Tensor, Any]]
 
 
 class Normed(NamedTuple):
-    """What a norm gives: ``states`` are ``scaled`` times its weight, and those given times ``scale`` (tokens, 1)."""
+    """What a norm gives: states ``scaled`` (tokens, hidden), which are those given times ``scale`` (tokens, 1)."""
 
-    states: Tensor
     scaled: Tensor
     scale: Tensor
+    weight: Tensor
+
+    @property
+    def states(self) -> Tensor:
+        """(tokens, hidden), made anew each time: a pass keeps a good part less than with them."""
+        return self.scaled * self.weight
 
 
 @dataclass
@@ -265,7 +270,7 @@ class Llama:
         gradients.add_products([layer.out], of_middle, here)
         of_attended = back_times_by_token(of_middle, layer.out)
         if index is not None:
-            tokens = kept.before.states.shape[0]
+            tokens = kept.before.scaled.shape[0]
             of_attended = of_attended.new_zeros(tokens, of_attended.shape[1]).index_add_(0, index, of_attended)
             of_middle = laid(of_middle.new_zeros(tokens, of_middle.shape[1]).index_add_(0, index, of_middle))
         heads = tape.attention.gradient(kept.saw, kept.attended, of_attended)
@@ -300,7 +305,7 @@ def normed_by(norm: Any, states: Tensor) -> Normed:
         one, evenly = _evenly(states.shape[1])
         scale = torch.addmv(one, states * states, evenly, beta=norm.variance_epsilon).rsqrt_().unsqueeze(1)
     scaled = states * scale
-    return Normed(scaled * norm.weight, scaled, scale)
+    return Normed(scaled, scale, norm.weight)
 
 
 @cache

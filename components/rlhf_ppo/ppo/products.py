@@ -39,7 +39,7 @@ COLUMNS = 32
 """Tokens up to which, from ``MANY`` on, a large weight times them is the faster product whichever way they lie."""
 SPARE = 3
 """Of so many tokens as are columns for oneDNN, how many at most are missing to a multiple of ``MANY``."""
-EVEN = {4: 16, 16: 192, 32: sys.maxsize}
+EVEN = {4: 16, 16: 128, 32: sys.maxsize}
 """Of what rows are a multiple for oneDNN, and up to how many."""
 BY_BLOCKS = 15 if AVX512 else 128
 """States up to which a product for each block is at least as fast as oneDNN's."""
