@@ -186,10 +186,10 @@ def test_states_lie_as_the_processor_wants_them(processor: str, narrow: bool, mo
     one = Pass(written_out(model), policy_of(model).v_head, Sequences.of(*rows(), packed=True), 1.0)  # type: ignore[arg-type]
     assert one.tape is not None
     for kept in one.tape.layers:
-        seen += [kept.before.states, kept.before.scaled, kept.after.states]
+        seen += [kept.before.scaled, kept.after.scaled]
         wide += [kept.gate_and_up, kept.active]
     one.learn(torch.ones(len(one.logprobs)), torch.ones(len(one.logprobs)))
-    assert len(seen) == 5 * 2 + 2 * 2 + 2 * 3 and {states.is_contiguous() for states in seen} == {
+    assert len(seen) == 5 * 2 + 2 * 2 + 2 * 2 and {states.is_contiguous() for states in seen} == {
         processor != "by number" or narrow
     }
     assert len(wide) == 2 + 2 * 2 and {states.is_contiguous() for states in wide} == {processor != "by number"}
