@@ -55,7 +55,8 @@ LEAST_OF_HEAD = 1 << 20
 def by_onednn(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``states`` (..., k) times the transpose of ``weight`` (n, k), plus ``bias``.
 
-    A row rounds the same way however many others come with it, from two on.
+    A row rounds the same way however many others come with it, from two on. ``weight`` or its transpose lies in one
+    piece: what does not takes oneDNN's reference code, a thousand times as long.
     """
     if not states.numel():
         # oneDNN has no product of nothing.
