@@ -217,7 +217,7 @@ def test_onednn_rounds_a_row_alike_however_many_others_come_with_it() -> None:
 def test_memory_that_was_given_back_is_not_taken_from_the_kernel_again() -> None:
     script = """
 import resource, sys, torch
-from rlhf_ppo.ppo import cpu, products
+from rlhf_ppo.ppo import cpu
 if sys.argv[1] == "kept":
     cpu.keep_memory()
 for _ in range(8):

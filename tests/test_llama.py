@@ -299,8 +299,8 @@ def test_it_samples_and_scores_as_the_model_does(
     few: list[int] = []
     product = products.product_of_few
     monkeypatch.setattr(products, "LEAST_WEIGHTS", 1 if large else 1 << 30)
-    # A token attends by two products on one kind of processor, by torch's kernel on the other.
-    monkeypatch.setattr(decoding, "BY_PRODUCTS", processor == "by number")
+    # A token attends by two products on two kinds of processors, by torch's kernel on the third.
+    monkeypatch.setattr(decoding, "BY_PRODUCTS", processor != "by token")
     monkeypatch.setattr(
         products, "product_of_few", lambda states, weight: (few.append(len(states)), product(states, weight))[1]
     )

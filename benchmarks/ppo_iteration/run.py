@@ -219,7 +219,7 @@ def report(name: str, found: dict[str, Any], floor: dict[str, float]) -> None:
         )
     peaks = [max(pair[side]["peak_mb"] for pair in rounds) for side in (1, 0)]
     print(f"peak memory, MB: TRL {peaks[0]:.0f}, ours {peaks[1]:.0f}: {peaks[1] / peaks[0]:.2f} of TRL's")
-    print("the same step:")
+    print("the same step:", flush=True)
     for sides, (worst, apart, gradients) in zip(
         ("ours from TRL's", "ours from TRL's in fp64", "TRL's from TRL's in fp64"), found["check"], strict=True
     ):

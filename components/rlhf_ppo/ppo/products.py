@@ -121,7 +121,7 @@ def fill(rows: Tensor, count: int) -> Tensor:
 
 
 def stay_few(weight: Tensor, tokens: int) -> bool:
-    """Whether so few tokens are multiplied by ``weight`` as they are, and in less time than ``MANY``."""
+    """Whether so few tokens (by oneDNN any) stay about as many as they are, and take less time than ``MANY``."""
     return BY_ONEDNN or _are_few(weight, tokens)
 
 
