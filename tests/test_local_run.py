@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import platform
 import pty
 import signal
 import struct
@@ -257,3 +258,37 @@ print(re.search(r"AnonHugePages:\\s+(\\d+)", open("/proc/self/smaps_rollup").rea
     if "[madvise]" in THP.read_text():
         monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
         assert kilobytes() == 0
+
+
+def test_the_cpu_image_manages_memory_as_a_local_run_does() -> None:
+    lines = (FAKES.parents[1] / "images" / "cpu" / "Dockerfile").read_text().splitlines()
+    assert f"ENV GLIBC_TUNABLES={local.MEMORY['GLIBC_TUNABLES']}" in lines
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_steps_free_is_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """
+import ctypes
+class Info(ctypes.Structure):
+    _fields_ = [(f"number_{place}", ctypes.c_size_t) for place in range(10)]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype, libc.malloc.restype, libc.free.argtypes = Info, ctypes.c_void_p, [ctypes.c_void_p]
+def used_and_set_aside():
+    info = libc.mallinfo2()
+    return info.number_7, info.number_6
+used_and_set_aside()
+before = used_and_set_aside()
+pieces = [libc.malloc(64) for _ in range(20)]
+for piece in pieces:
+    libc.free(piece)
+print(*(now - then for now, then in zip(used_and_set_aside(), before)))
+"""
+
+    def left() -> list[str]:
+        command, env = [sys.executable, "-c", script], local._environment(tmp_path, defaults())
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.split()
+
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert left() == ["0", "0"]
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert left() != ["0", "0"]

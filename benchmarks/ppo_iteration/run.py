@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from workloads import WORKLOADS, Workload
 
-from rlhf_pipelines.local import LARGE_PAGES
+from rlhf_pipelines.local import MEMORY
 from rlhf_ppo.ppo.products import by_onednn
 
 HERE = Path(__file__).parent
@@ -157,16 +157,16 @@ def floors(workload: Workload, model: Path, gflops: float, gbytes: float) -> dic
     }
 
 
-def measure(name: str, pairs: int, trl: str, model: Path, threads: int, large_pages: bool) -> dict[str, Any]:
+def measure(name: str, pairs: int, trl: str, model: Path, threads: int, same_memory: bool) -> dict[str, Any]:
     """Both on a workload: the check, then ``pairs`` pairs of iterations."""
     workload = WORKLOADS[name]
     with tempfile.TemporaryDirectory() as directory:
         exchange = Path(directory)
         write_value_head(model, exchange)
         env = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        # As rlhf-ppo run starts its steps; --large-pages lets TRL have them, too.
-        own = {**env, **LARGE_PAGES}
-        env = own if large_pages else env
+        # As rlhf-ppo run starts its steps; --same-memory lets TRL have it, too.
+        own = {**env, **MEMORY}
+        env = own if same_memory else env
         ours = Worker(sys.executable, "our_worker.py", name, model, exchange, own)
         theirs = Worker(trl, "trl_worker.py", name, model, exchange, env)
         lengths = ours.ask("respond")["lengths"]
@@ -237,7 +237,7 @@ def main() -> None:
         action="store_true",
         help="CPU seconds of the processes, where a machine is busy; with --threads 1",
     )
-    parser.add_argument("--large-pages", action="store_true", help="for TRL, too; ours has them")
+    parser.add_argument("--same-memory", action="store_true", help="settings of memory for TRL, too")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["W1", "W2", "W3"])
     parser.add_argument("--models", type=Path, default=Path("build/bench-models"), help="where the models are made")
     given = parser.parse_args()
@@ -249,7 +249,7 @@ def main() -> None:
         gflops, gbytes = speed_of_this_machine()
         workload = WORKLOADS[name]
         model, pairs = made[workload.model], given.pairs or workload.pairs
-        found = measure(name, pairs, given.trl, model, given.threads, given.large_pages)
+        found = measure(name, pairs, given.trl, model, given.threads, given.same_memory)
         report(name, found, floors(workload, model, gflops, gbytes))
         print(f"floor: {gflops:.0f} GFLOP/s, {gbytes:.1f} GB/s, measured before")
 

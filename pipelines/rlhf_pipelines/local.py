@@ -41,8 +41,12 @@ OUTPUTS = {
     "prompts": "prepare-dataset/prompts",
 }
 """Names in the run's directory for what the steps leave deep inside it."""
-LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Memory in pages of 2 MiB, where Linux gives them; glibc reads that as a process begins, as in ``images/cpu``."""
+MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
+"""How glibc manages memory, which it reads as a process begins, as in ``images/cpu``.
+
+In pages of 2 MiB, where Linux gives them. And small pieces that are freed are not set aside: they would keep apart
+what is free around them, and large tensors could not take it (docs/performance.md).
+"""
 
 
 def package() -> str:
@@ -165,7 +169,7 @@ def _environment(directory: Path, parameters: Mapping[str, Any]) -> dict[str, st
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
-        **LARGE_PAGES,
+        **MEMORY,
     }
     if not parameters["mlflow_tracking_uri"]:
         # One database for all runs beside each other, so that MLflow's page compares them.
