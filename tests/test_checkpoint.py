@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import threading
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 import training_worker as worker
+from rlhf_ppo import checkpoint
+from rlhf_ppo.artifacts import digest_of, sha256
 from rlhf_ppo.checkpoint import CheckpointStore, DamagedCheckpoint
 from rlhf_ppo.errors import InputError
 
@@ -146,7 +149,6 @@ def test_everything_in_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
         "plain": [None, True, 2, 1.5, float("inf"), "text", [], {}],
     }
     store.save("step-00000001-000000", state, wait=True)
-    numbers += 1  # what was saved was copied
     found = store.read("step-00000001-000000")
     assert found["plain"] == state["plain"]
     assert found["optimizer"]["param_groups"] == groups
@@ -161,28 +163,31 @@ def test_a_full_disk_ends_no_training_and_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RLHF_PPO_EVENTS", str(tmp_path / "events.jsonl"))
-    store = CheckpointStore(tmp_path / "store", {}, 2)
+    store, state = CheckpointStore(tmp_path / "store", {}, 2), {"weights": torch.ones(5 << 20)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # What the system says in a file's middle, as where a disk is full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 << 20, limits[1]))
+    try:
+        store.save("step-00000001-000000", state)
+        store.finish_writing()
+        (failed,) = worker.events(tmp_path, "checkpoint_failed")
+        assert "File too large" in failed["reason"] and list((tmp_path / "store").iterdir()) == []
+        with pytest.raises(OSError, match="File too large"):
+            store.save("step-00000002-000000", state, wait=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.save("step-00000003-000000", state, wait=True) and store.latest() == "step-00000003-000000"
 
-    def full(tensors: object, path: str) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    store.save("step-00000001-000000", {"weights": torch.ones(2)})
-    store.finish_writing()
-    (failed,) = worker.events(tmp_path, "checkpoint_failed")
-    assert "No space left" in failed["reason"] and list((tmp_path / "store").iterdir()) == []
-    with pytest.raises(OSError, match="No space left"):
-        store.save("step-00000002-000000", {"weights": torch.ones(2)}, wait=True)
+@pytest.fixture
+def go(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set, it lets checkpoints be written."""
+    go, write = threading.Event(), checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *given: write(*given) if go.wait(60) else "")
+    return go
 
 
-def test_a_checkpoint_is_left_out_while_the_one_before_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import safetensors.torch as files
-
-    go, save_file = threading.Event(), files.save_file
-    monkeypatch.setattr(files, "save_file", lambda *given: (go.wait(60), save_file(*given)))
+def test_a_checkpoint_is_left_out_while_the_one_before_is_written(tmp_path: Path, go: threading.Event) -> None:
     store, state = CheckpointStore(tmp_path, {}, 3), {"weights": torch.ones(2)}
     assert store.save("step-00000001-000000", state) and not store.save("step-00000002-000000", state)
     go.set()
@@ -190,31 +195,28 @@ def test_a_checkpoint_is_left_out_while_the_one_before_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001-000000", "step-00000003-000000"]
 
 
-def test_the_memory_of_a_copy_is_kept_but_never_written_over_while_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import safetensors.torch as files
-
-    go, save_file = threading.Event(), files.save_file
-    places: list[int] = []
-
-    def slowly(tensors: dict[str, torch.Tensor], file: str) -> None:
-        places.append(tensors["/weights"].data_ptr())
-        go.wait(60)
-        save_file(tensors, file)
-
-    monkeypatch.setattr(files, "save_file", slowly)
-    store, weights = CheckpointStore(tmp_path, {}, 9), torch.ones(1000)
-    assert store.save("step-00000001-000000", {"weights": weights})
+def test_a_state_may_change_once_the_store_knows_of_it(tmp_path: Path, go: threading.Event) -> None:
+    store, weights, step = CheckpointStore(tmp_path, {}, 9), torch.ones(1 << 20), torch.tensor(1)
+    assert store.save("step-00000001-000000", {"weights": weights, "step": step})
+    store.before_change()
     weights += 1
+    step += 1
     threading.Timer(0.2, go.set).start()
-    assert store.save("step-00000002-000000", {"weights": weights}, wait=True)
-    weights += 1
-    assert store.save("step-00000003-000000", {"weights": weights, "another": torch.ones(3)}, wait=True)
-    assert store.save("step-00000004-000000", {"weights": weights[:10]}, wait=True)
-    assert places[0] == places[1] == places[2] != places[3]
-    for number, value in enumerate((1, 2, 3, 3), 1):
-        assert bool((store.read(f"step-{number:08}-000000")["weights"] == value).all())
+    assert store.save("step-00000002-000000", {"weights": weights, "step": step}, wait=True)
+    for number in (1, 2):
+        found = store.read(f"step-{number:08}-000000")
+        assert bool((found["weights"] == number).all()) and int(found["step"]) == number
+
+
+def test_checkpoints_with_sha256_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, {}, 2)
+    store.save("step-00000001-000000", {"weights": torch.ones(2)}, wait=True)
+    directory = tmp_path / "step-00000001-000000"
+    digests = {name: sha256(directory / name) for name in ("state.json", "tensors.safetensors")}
+    (directory / "manifest.json").write_text(json.dumps({"files": digests, "digest": digest_of(digests)}))
+    assert store.latest() == "step-00000001-000000"
+    (directory / "state.json").write_text((directory / "state.json").read_text() + " ")
+    assert store.latest() is None
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

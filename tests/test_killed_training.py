@@ -49,6 +49,21 @@ def test_the_best_policy_is_the_same_however_often_training_was_killed(training_
     assert "manifest.json" not in {path.name for path in (killed / "policy").iterdir()}
 
 
+def test_a_checkpoint_that_is_written_while_the_policy_changes_is_of_before(
+    training_inputs: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    process = worker.start(training_inputs, place, {"WRITE_LATE": "1", "WAIT_IN_UPDATE": "12"}, checkpoint_name="mine")
+    worker.wait_for(place / "waiting", process)
+    # The third PPO step has taken an optimizer step: only then was its checkpoint begun.
+    worker.wait_for(place / "checkpoints" / "mine" / "step-00000002-000000", process)
+    process.kill()
+    process.join()
+    assert worker.finished(worker.start(training_inputs, place, checkpoint_name="mine")) == 0
+    assert worker.events(place, "resumed")[-1]["done"] == 2
+    worker.assert_same(place, undisturbed)
+
+
 @pytest.mark.parametrize("changes", [{"model_lora_r": 4}, {"ppo_separate_critic": True, "whiten_rewards": True}])
 def test_adapters_and_a_critic_go_on_with_the_same_bits(
     training_inputs: Path, tmp_path: Path, changes: dict[str, Any]

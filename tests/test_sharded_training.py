@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import training_worker as worker
+from rlhf_ppo import checkpoint, tensor_files
 from rlhf_ppo.checkpoint import CheckpointStore
 from rlhf_ppo.ppo import PolicyWithValueHead
 from rlhf_ppo.ppo.sharding import Sharding
@@ -176,6 +177,25 @@ def test_a_part_that_can_not_be_written_fails_the_checkpoint_and_keeps_the_one_b
     assert first.latest() == "step-1"
     reasons = [event["reason"] for event in worker.events(tmp_path, "checkpoint_failed")]
     assert reasons == ["no space left on device", "process 1 could not write its part"]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_parts_may_change_once_their_store_knows_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: Any, process: int
+) -> None:
+    monkeypatch.setattr(tensor_files, "SMALL", 0)
+    go, write = threading.Event(), checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *given: write(*given) if go.wait(60) else "")
+    both = stores(tmp_path / "store")
+    for store in both:
+        assert store.save("step-1", {"a": spread if store is both[process] else spread + 10})
+    both[process].before_change()
+    spread.to_local().add_(1)
+    go.set()
+    for store in both:
+        store.finish_writing()
+    assert both[process].read("step-1")["a"].tolist() == [0, 1, 2]
+    assert both[1 - process].read("step-1")["a"].tolist() == [10, 11, 12]
 
 
 def test_parts_that_a_killed_process_left_are_not_taken_for_new_ones(tmp_path: Path, spread: Any) -> None:

@@ -167,14 +167,14 @@ def test_the_best_policy_is_the_one_that_was_scored_best(inputs: Path, monkeypat
         return [0.0, 0.0] if len(responses) == 2 else [next(means)] * len(responses)
 
     monkeypatch.setattr("rlhf_ppo.ppo.loop.score", scripted)
-    keep = training.Keeper.keep_if_best
+    keep = training.Keeper.before_update
 
     def watched(self: training.Keeper, step: int, mean_score: float) -> None:
         weight = self.trainer.policy.pretrained_model.get_input_embeddings().weight  # type: ignore[operator]
         saved.append((step, weight.detach().clone()))
         keep(self, step, mean_score)
 
-    monkeypatch.setattr(training.Keeper, "keep_if_best", watched)
+    monkeypatch.setattr(training.Keeper, "before_update", watched)
     run(inputs, push_to_hub_if_best_kwargs={"repo_id": "me/m"})
     kept = load_file(inputs / "policy" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(kept, saved[1][1]) and not torch.equal(kept, saved[2][1])

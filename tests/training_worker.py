@@ -11,12 +11,15 @@ import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf_ppo import checkpoint, tensor_files
+from rlhf_ppo.checkpoint import CheckpointStore
 from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
 from rlhf_ppo.parameters import decode
 from rlhf_ppo.ppo import PPOTrainer
@@ -122,6 +125,8 @@ def _train(inputs: Path, place: Path, values: dict[str, Any], env: dict[str, str
         _wait_before_update(int(env["WAIT_BEFORE_UPDATE"]))
     if "WAIT_IN_UPDATE" in env:
         _wait_in_update(int(env["WAIT_IN_UPDATE"]))
+    if "WRITE_LATE" in env:
+        _write_late()
     with running_step("train_ppo"):
         train_on_cards(decode(values).to_json(), inputs / "prompts", inputs / "reference", place / "policy",
                        place / "history", env.get("RUN_ID", "run-1"))  # fmt: skip
@@ -157,6 +162,27 @@ def _wait_in_update(number: int) -> None:
         return advance(self, update)
 
     Optimization.advance = waiting  # type: ignore[method-assign]
+
+
+def _write_late() -> None:
+    """Write each checkpoint only after the next optimizer step, and copy nothing sooner than that."""
+    save, write, advance, changed = CheckpointStore.save, checkpoint.write_tensors, Optimization.advance, Event()
+
+    def saving(*given: Any, **named: Any) -> bool:
+        changed.clear()
+        return save(*given, **named)
+
+    def advancing(*given: Any) -> bool:
+        found = advance(*given)
+        changed.set()
+        return found
+
+    def late(*given: Any) -> str:
+        assert changed.wait(60)
+        return write(*given)
+
+    CheckpointStore.save, Optimization.advance = saving, advancing  # type: ignore[method-assign]
+    checkpoint.write_tensors, tensor_files.SMALL = late, 0  # type: ignore[assignment]
 
 
 def start_two(inputs: Path, place: Path, **changes: Any) -> subprocess.Popen[bytes]:

@@ -1,7 +1,7 @@
 """Checkpoints on disk: whole or absent, checked when read, without pickle.
 
 A checkpoint is a directory: ``tensors.safetensors``, ``state.json`` for everything else, and ``manifest.json`` with the
-SHA-256 of both. It is written under another name and renamed, beside training in a thread of its own. What is spread
+digests of both. It is written under another name and renamed, beside training in a thread of its own. What is spread
 over processes stands in ``part-N.safetensors``: each writes its own to ``NAME.parts``, and the first collects them.
 """
 
@@ -25,9 +25,12 @@ from rlhf_ppo.artifacts import digest_of, sha256
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.ppo.sharding import local
+from rlhf_ppo.tensor_files import TYPES, LateCopy, digest, write_tensors
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+TENSORS = "tensors.safetensors"
+STATE = "state.json"
 PATIENCE = 1800.0
 """Seconds for which the first process waits for another's part."""
 Tree = dict[str, Any]
@@ -52,8 +55,8 @@ class CheckpointStore:
         self.process, self.parts = process, parts
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[bool] | None = None
-        # Copies of the tensors. Fresh memory takes several times as long to fill (docs/performance.md).
-        self._copies: dict[str, Tensor] = {}
+        # What is being written: of the whole tensors, and of this process' parts of those that are spread.
+        self._tensors = self._own = LateCopy({}, {})
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,22 +71,28 @@ class CheckpointStore:
     def save(self, name: str, state: Tree, *, wait: bool = False) -> bool:
         """Write ``state`` as ``name``; names sort by age. Returns whether it is, or will be, written.
 
-        The state is copied at once and may change afterwards; the memory of the copy is kept for the next. Without
-        ``wait`` nothing is written while an earlier one still is. A failure is told, and raised only with ``wait``.
-        Processes other than the first write their part.
+        Without ``wait`` it is written while training goes on, from the memory that the state lies in: call
+        ``before_change`` before that changes. Nothing is written while an earlier one still is. A failure is told, and
+        raised only with ``wait``. Processes other than the first write their part.
         """
         if self.busy and not wait:
             emit("checkpoint_left_out", name=name, reason="the one before is still being written")
             return False
         if self._writing is not None:
             futures.wait([self._writing])
-        tree, tensors, own = _flattened(state, self._copies)
-        self._copies = {**tensors, **own}
+        tree, tensors, own = _flattened(state)
+        self._tensors, self._own = LateCopy(tensors, self._tensors.memory), LateCopy(own, self._own.memory)
         if self.process == 0:
-            self._writing = self._writer.submit(self._write, name, tree, tensors, own, wait)
+            self._writing = self._writer.submit(self._write, name, tree, wait)
         else:
-            self._writing = self._writer.submit(self._write_part, name, own, wait)
+            self._writing = self._writer.submit(self._write_part, name, wait)
         return self._writing.result() if wait else True
+
+    def before_change(self) -> None:
+        """Call this before the state changes that is being written: what has not been read of it is copied."""
+        if self.busy:
+            self._tensors.copy_rest()
+            self._own.copy_rest()
 
     @property
     def busy(self) -> bool:
@@ -95,17 +104,16 @@ class CheckpointStore:
         if self._writing is not None:
             self._writing.result()
 
-    def _write(self, name: str, tree: Any, tensors: dict[str, Tensor], own: dict[str, Tensor], strict: bool) -> bool:
-        from safetensors.torch import save_file
-
+    def _write(self, name: str, tree: Any, strict: bool) -> bool:
         state = {"format": FORMAT, "identity": self.identity, "versions": _versions(), "state": tree}
 
-        def fill(directory: Path) -> None:
-            save_file(tensors, str(directory / "tensors.safetensors"))
-            (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        def fill(directory: Path) -> dict[str, str]:
+            digests = {TENSORS: write_tensors(self._tensors, directory / TENSORS)}
+            (directory / STATE).write_text(json.dumps(state), encoding="utf-8")
             if self.parts:
-                save_file(own, str(directory / _part(0)))
+                digests[_part(0)] = write_tensors(self._own, directory / _part(0))
                 self._collect(name, directory)
+            return digests
 
         try:
             self._seal(name, fill)
@@ -121,16 +129,13 @@ class CheckpointStore:
             raise error
         return False
 
-    def _write_part(self, name: str, own: dict[str, Tensor], strict: bool) -> bool:
+    def _write_part(self, name: str, strict: bool) -> bool:
         """Write what this process has of the tensors, for the first one to collect."""
-        from safetensors.torch import save_file
-
         place = self.directory / f"{name}.parts"
         part = place / _part(self.process)
         try:
             place.mkdir(exist_ok=True)
-            save_file(own, str(part.with_suffix(".unfinished")))
-            _to_disk(part.with_suffix(".unfinished"))
+            write_tensors(self._own, part.with_suffix(".unfinished"))
             os.replace(part.with_suffix(".unfinished"), part)
         except OSError as error:
             part.with_suffix(".failed").touch()
@@ -149,15 +154,18 @@ class CheckpointStore:
             os.replace(part, directory / part.name)
         shutil.rmtree(place, ignore_errors=True)
 
-    def _seal(self, name: str, fill: Callable[[Path], None]) -> None:
-        """Make the directory ``name`` of what ``fill`` writes, whole and on the disk."""
+    def _seal(self, name: str, fill: Callable[[Path], Mapping[str, str] | None]) -> None:
+        """Make the directory ``name`` of what ``fill`` writes, whole and on the disk.
+
+        ``fill`` may return digests that it knows by a file's name; other files are read for theirs.
+        """
         unfinished = self.directory / f"{name}.{os.getpid()}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         try:
-            fill(unfinished)
+            known = fill(unfinished) or {}
             files = {file.relative_to(unfinished).as_posix(): file for file in unfinished.rglob("*") if file.is_file()}
-            digests = {file: sha256(path) for file, path in sorted(files.items())}
+            digests = {file: known.get(file) or digest(path) for file, path in sorted(files.items())}
             manifest = unfinished / MANIFEST
             manifest.write_text(json.dumps({"files": digests, "digest": digest_of(digests)}), encoding="utf-8")
             for path in (*files.values(), manifest, unfinished):
@@ -209,8 +217,8 @@ class CheckpointStore:
         """The state that was saved as ``name``, with its tensors on the CPU; of what is spread, this process' part."""
         from safetensors.torch import load_file
 
-        document = json.loads((self.directory / name / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(str(self.directory / name / "tensors.safetensors"))
+        document = json.loads((self.directory / name / STATE).read_text(encoding="utf-8"))
+        tensors = load_file(str(self.directory / name / TENSORS))
         if self.parts:
             tensors |= load_file(str(self.directory / name / _part(self.process)))
         found: Tree = _unflattened(document["state"], tensors)
@@ -231,7 +239,7 @@ class CheckpointStore:
 
     def _checked(self, name: str) -> dict[str, Any]:
         check_sealed(self.directory / name)
-        found: dict[str, Any] = json.loads((self.directory / name / "state.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((self.directory / name / STATE).read_text(encoding="utf-8"))
         return found
 
     def _compare(self, name: str, document: dict[str, Any]) -> None:
@@ -262,11 +270,12 @@ def check_sealed(directory: Path) -> None:
             raise DamagedCheckpoint(f"{MANIFEST} was altered")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} can't be read ({error})") from error
-    for name, digest in digests.items():
+    for name, expected in digests.items():
         path = directory / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{name} is missing")
-        if sha256(path) != digest:
+        # Version 0.1.0 wrote SHA-256, without saying so.
+        if expected != (digest(path) if ":" in expected else sha256(path)):
             raise DamagedCheckpoint(f"{name} was altered or cut short")
 
 
@@ -295,17 +304,15 @@ def _versions() -> dict[str, str]:
     return {"rlhf_ppo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _flattened(tree: Any, copies: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-    """``tree`` as JSON, and copies of its tensors on the CPU by their path in it: of whole ones, and of spread ones'
-    parts that are here. Earlier ``copies`` that fit are written over.
-    """
+def _flattened(tree: Any) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """``tree`` as JSON, and its tensors by their path in it: whole ones, and what is here of spread ones."""
     tensors: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
 
     def flatten(value: Any, path: str) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.dtype in TYPES:
             into = parts if isinstance(value, DTensor) else tensors
-            into[path] = _copied(local(value.detach()), copies.get(path))
+            into[path] = local(value.detach())
             return {"tensor": path}
         if isinstance(value, Mapping):
             return {"dict": [[key, flatten(inner, f"{path}/{key}")] for key, inner in value.items()]}
@@ -318,13 +325,6 @@ def _flattened(tree: Any, copies: Mapping[str, Tensor]) -> tuple[Any, dict[str, 
         raise TypeError(f"{path}: {type(value).__name__} can't be kept in a checkpoint")
 
     return flatten(tree, ""), tensors, parts
-
-
-def _copied(value: Tensor, into: Tensor | None) -> Tensor:
-    """A copy on the CPU; ``into``, where that fits."""
-    if into is None or into.shape != value.shape or into.dtype != value.dtype:
-        into = torch.empty(value.shape, dtype=value.dtype)
-    return into.copy_(value)
 
 
 def _unflattened(value: Any, tensors: Mapping[str, Tensor]) -> Any:

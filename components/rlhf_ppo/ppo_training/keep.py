@@ -109,8 +109,9 @@ class Keeper:
         }
         return self.store.save(name, state, wait=wait)
 
-    def keep_if_best(self, step: int, mean_score: float) -> None:
-        """Keep the policy where its samples scored best so far and that is asked for."""
+    def before_update(self, step: int, mean_score: float) -> None:
+        """Before the policy changes: keep it where its samples scored best so far and that is asked for."""
+        self.store.before_change()
         if not self.recorder.is_best(step, mean_score):
             return
         policy = self.trainer.whole_policy()

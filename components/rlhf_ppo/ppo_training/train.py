@@ -125,7 +125,7 @@ def _train(
                     reward,
                     on_step=recorder.record,
                     before_step=keeper.before_step,
-                    before_update=keeper.keep_if_best,
+                    before_update=keeper.before_update,
                     interruptible=preemption.interruptible,
                     rollout_batch_size=settings.rollout.rollout_batch_size,
                 )
