@@ -14,13 +14,18 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.fixture(params=("by number", "by token", "by oneDNN"))
+@pytest.fixture(params=("by number", "by token", "by oneDNN", "by both"))
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What this kind of processor wants: the layout of states in memory, and with the last oneDNN's products."""
+    """What this kind of processor wants: the layout of states in memory, and with the last two oneDNN's products.
+
+    "by both" has them of all tiny weights but the smallest, which attention's output goes through.
+    """
     from rlhf_ppo.ppo import products
 
     monkeypatch.setattr(products, "BY_TOKEN", request.param != "by number")
-    monkeypatch.setattr(products, "BY_ONEDNN", request.param == "by oneDNN")
+    monkeypatch.setattr(products, "BY_ONEDNN", request.param in ("by oneDNN", "by both"))
+    monkeypatch.setattr(products, "LEAST_BY_ONEDNN", 2000 if request.param == "by both" else 0)
+    monkeypatch.setattr(products, "GRADIENTS_BY_ONEDNN", request.param != "by both")
     monkeypatch.setattr(products, "NARROW", 0)
     return str(request.param)
 

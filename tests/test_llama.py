@@ -134,7 +134,7 @@ def test_few_places_that_predict_a_token_learn_the_same_from_large_weights(
     expected = by_autograd(policy_of(copy.deepcopy(model)), sequences, 1.0)
     found = by_hand(policy_of(model), sequences, 1.0)
     # The last layer's three products of states, and the head's
-    assert few.count(7) == (0 if processor == "by oneDNN" else 4) and found.keys() == expected.keys()
+    assert few.count(7) == (0 if products.BY_ONEDNN else 4) and found.keys() == expected.keys()
     for part, value in expected.items():
         assert (found[part] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), part
 
@@ -151,7 +151,8 @@ def test_the_place_that_fills_up_learns_what_it_predicts(processor: str) -> None
 
 
 def test_minibatches_of_many_lengths_have_few_shapes_for_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "BY_ONEDNN", True)
+    for name, value in {"BY_ONEDNN": True, "LEAST_BY_ONEDNN": 0, "GRADIENTS_BY_ONEDNN": True}.items():
+        monkeypatch.setattr(products, name, value)
     shapes, product = set(), products.by_onednn
     monkeypatch.setattr(
         products, "by_onednn", lambda *given: (shapes.add(tuple(part.shape for part in given)), product(*given))[1]
@@ -161,6 +162,22 @@ def test_minibatches_of_many_lengths_have_few_shapes_for_onednn(monkeypatch: pyt
         by_hand(policy_of(model), Sequences.of(queries(length, 20), queries(length, 3, seed=2), packed=True), 1.0)
     # 26 to 85 tokens, of which 6 to 35 predict one, would have 30 times 24.
     assert len(shapes) <= 5 * 12 + 6 * 12
+
+
+@pytest.mark.parametrize(("least", "gradients"), ((0, True), (2000, False)))
+def test_onednn_has_the_weights_that_are_worth_its_calls(
+    least: int, gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"BY_ONEDNN": True, "LEAST_BY_ONEDNN": least, "GRADIENTS_BY_ONEDNN": gradients}.items():
+        monkeypatch.setattr(products, name, value)
+    factors: set[tuple[int, ...]] = set()
+    product = products.by_onednn
+    monkeypatch.setattr(products, "by_onednn", lambda *given: (factors.add(tuple(given[1].shape)), product(*given))[1])
+    by_hand(policy_of(llama()), Sequences.of(queries(9, 12), queries(3, 4, seed=2), packed=True), 1.0)
+    # Queries, keys and values; gate and up; down; and what goes back through these
+    assert {(64, 32), (128, 32), (32, 64), (32, 128)} <= factors
+    # Attention's output is small. Eight tokens predict one, and the last layer's weights learn from them.
+    assert ((32, 32) in factors) is (least == 0) and ((32, 8) in factors) is gradients
 
 
 @pytest.mark.parametrize("narrow", (True, False))
@@ -299,7 +316,7 @@ def test_it_samples_and_scores_as_the_model_does(
     few: list[int] = []
     product = products.product_of_few
     monkeypatch.setattr(products, "LEAST_WEIGHTS", 1 if large else 1 << 30)
-    # A token attends by two products on two kinds of processors, by torch's kernel on the third.
+    # A token attends by torch's kernel on one kind of processors, by two products on the others.
     monkeypatch.setattr(decoding, "BY_PRODUCTS", processor != "by token")
     monkeypatch.setattr(
         products, "product_of_few", lambda states, weight: (few.append(len(states)), product(states, weight))[1]
@@ -309,7 +326,7 @@ def test_it_samples_and_scores_as_the_model_does(
     uniform, head = draw(len(asked), 12, torch.Generator().manual_seed(0)), policy_of(model).v_head
     found = sample(model, asked, settings, uniform, value_head=head)
     assert (len({rows for rows in few if rows < products.MANY}) > 2) is (
-        large and len(asked) > 1 and processor != "by oneDNN"
+        large and len(asked) > 1 and not products.BY_ONEDNN
     )
     # Logits of five tokens at a time
     monkeypatch.setattr(rollout, "LOGITS", 5 * len(model.lm_head.weight))
