@@ -49,7 +49,7 @@ MANY = 16
 """Fewer tokens times a weight take MKL as long as that many, but for a single one."""
 COLUMNS = 32
 """Tokens up to which, from ``MANY`` on, a large weight times them is the faster product whichever way they lie."""
-SPARE = 3
+SPARE = 3 if FAMILY >= ZEN5 else 12
 """Of so many tokens as are columns for oneDNN, how many at most are missing to a multiple of ``MANY``."""
 EVEN = {4: 16, 16: 128, 32: sys.maxsize}
 """Of what rows are a multiple for oneDNN, and up to how many."""
