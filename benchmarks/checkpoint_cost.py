@@ -1,10 +1,10 @@
 """How much of training's time a checkpoint takes, written by CheckpointStore and as libraries offer it.
 
-    python benchmarks/checkpoint_cost.py [--gigabytes 1.6] [--rounds 3] [--unchanged 3] [--directory DIRECTORY]
+    python benchmarks/checkpoint_cost.py [--gigabytes 1.6] [--rounds 3] [--unchanged 2] [--directory DIRECTORY]
 
 Training is matrix products here, on all cores. "Plainly" is: a copy of the state at once, then safetensors' save_file,
 a SHA-256 of the file and fsync in a thread. The state has the size of SmolLM2-135M in fp32 with Adam's moments, unless
-another is asked for; it changes after as many seconds as --unchanged says, which a rollout of the demo takes. Each
+another is asked for; it changes after as many seconds as --unchanged says: the demo's rollouts take 2 or more. Each
 round is a process of its own, for memory that was given back is not fresh.
 """
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.6)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--unchanged", type=float, default=3.0, help="seconds until the state changes")
+    parser.add_argument("--unchanged", type=float, default=2.0, help="seconds until the state changes")
     parser.add_argument("--directory", type=Path, help="where checkpoints are written, else a temporary one")
     given = parser.parse_args()
     rounds: dict[str, list[list[tuple[float, float]]]] = {side: [] for side in SIDES}

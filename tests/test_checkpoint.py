@@ -208,7 +208,7 @@ def test_a_state_may_change_once_the_store_knows_of_it(tmp_path: Path, go: threa
         assert bool((found["weights"] == number).all()) and int(found["step"]) == number
 
 
-def test_checkpoints_with_sha256_of_earlier_versions_are_read(tmp_path: Path) -> None:
+def test_checkpoints_whose_digests_name_no_kind_are_checked_by_sha256(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, {}, 2)
     store.save("step-00000001-000000", {"weights": torch.ones(2)}, wait=True)
     directory = tmp_path / "step-00000001-000000"

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +212,26 @@ def test_onednn_rounds_a_row_alike_however_many_others_come_with_it() -> None:
         whole = products.by_onednn(states, weight)
         for rows in (2, 3, 5, 8, 15, 16, 17, 40, 128):
             assert torch.equal(products.by_onednn(states[:rows], weight), whole[:rows])
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", (False, 25)),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", (True, 6)),
+        ("CPU implementer\t: 0x41\n", (False, 0)),
+        (None, (True, 0)),
+    ],
+)
+def test_whose_processor_it_is(told: str | None, found: tuple[bool, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path) -> str:
+        assert path == Path("/proc/cpuinfo")
+        if told is None:
+            raise FileNotFoundError(path)
+        return told
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert products._processor() == found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there")

@@ -274,7 +274,7 @@ def check_sealed(directory: Path) -> None:
         path = directory / name
         if not path.is_file():
             raise DamagedCheckpoint(f"{name} is missing")
-        # Version 0.1.0 wrote SHA-256, without saying so.
+        # Digests without a kind are of before there were several: SHA-256.
         if expected != (digest(path) if ":" in expected else sha256(path)):
             raise DamagedCheckpoint(f"{name} was altered or cut short")
 
