@@ -18,6 +18,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What this kind of processor wants: the layout of states in memory, and with the last two oneDNN's products.
 
+    With the first one MKL clears results by itself.
+
     "by both" has them of all tiny weights but the smallest, which attention's output goes through.
     """
     from rlhf_ppo.ppo import products
@@ -27,6 +29,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(products, "LEAST_BY_ONEDNN", 2000 if request.param == "by both" else 0)
     monkeypatch.setattr(products, "GRADIENTS_BY_ONEDNN", request.param != "by both")
     monkeypatch.setattr(products, "NARROW", 0)
+    monkeypatch.setattr(products, "CLEARS", request.param == "by number")
     return str(request.param)
 
 

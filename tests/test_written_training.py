@@ -73,6 +73,27 @@ def test_weights_that_learn_one_at_a_time_or_at_once_are_those_of_torch_s_adam(
         torch.testing.assert_close(one.state[mine]["exp_avg"], two.state[theirs]["exp_avg"], atol=1e-6, rtol=1e-5)
 
 
+def test_weights_that_learn_at_once_may_be_others_in_the_next_step() -> None:
+    found, expected = policy_of(llama()), policy_of(llama())
+    one, two = (torch.optim.Adam(policy.parameters(), lr=1e-2, fused=True) for policy in (found, expected))
+    written = written_out(found.pretrained_model)
+    assert written is not None
+    for still in ((), ("k_proj", "layernorm", "summary.bias"), ("q_proj",), ("v_proj",), ()):
+        for policy in (found, expected):
+            for name, parameter in policy.named_parameters():
+                parameter.requires_grad_(not any(part in name for part in still))
+        taken = Pass(written, found.v_head, Sequences.of(queries(3, 4, 1), queries(5, 2, 7), packed=True), 1.0)
+        weights = torch.linspace(-1, 2, len(taken.logprobs))
+        learned = taken.learn(weights, weights)
+        learned.materialize()
+        for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+            theirs.grad, mine.grad = mine.grad, None
+        learned.step_at_once(one)
+        two.step()
+        for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
 def on(threads: int, call: Callable[[], Any]) -> Any:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

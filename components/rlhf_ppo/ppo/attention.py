@@ -47,9 +47,11 @@ class Attention:
         scale: float,
         turns: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.columns, self.queries, self.heads, self.turns = columns, queries, queries + 2 * keys, turns
+        self.columns, self.queries, self.heads = columns, queries, queries + 2 * keys
         self.groups: list[Products | Flash] = []
         self.sizes: list[int] = []
+        # Of each group: the first of its rows that turn, how many, the longest sequence, and what they turn by
+        self.turned: list[tuple[int, int, int, tuple[Tensor, Tensor]]] = []
         # By numpy, whose calls are short
         lengths, starts = numpy.array(layout.lengths), numpy.array(layout.starts)
         tokens, apart, found_apart = int(lengths.sum()), [], []
@@ -58,6 +60,9 @@ class Attention:
             longest = -(-layout.lengths[sequences[0]] // EIGHT) * EIGHT
             shape = len(sequences), longest, queries, keys, scale
             self.groups.append(Products(*shape) if longest <= SHORT else Flash(*shape))
+            if turns is not None:
+                count = len(sequences) * (queries + keys) * longest
+                self.turned.append((sum(self.sizes), count, longest, (turns[0][:longest], turns[1][:longest])))
             self.sizes += [len(sequences) * count * longest for count in (queries, keys, keys)]
             positions = numpy.arange(longest)
             held = starts[sequences, None] + positions
@@ -103,23 +108,17 @@ class Attention:
         self._turn(of_heads, -1)
         whole, known = gradient.new_empty(self.columns * self.heads, size), self.together.shape[0]
         torch.index_select(of_heads, 0, self.together, out=whole[:known])
-        whole[known:] = 0
+        whole[known:].zero_()
         return whole.view(self.columns, self.heads, size)
 
     def _turn(self, rows: Tensor, direction: int) -> None:
         """Turn queries and keys of all groups, or with -1 as ``direction`` turn their gradients back."""
-        if self.turns is None:
-            return
-        first = 0
-        for group, *sizes in zip(self.groups, self.sizes[::3], self.sizes[1::3], strict=True):
-            turned = rows[first : first + sum(sizes)].view(-1, group.longest, rows.shape[1])
-            cosines, sines = self.turns
-            turn(turned, (cosines[: group.longest], sines[: group.longest]), direction)
-            first += sum(sizes) + sizes[1]
+        for first, count, longest, turns in self.turned:
+            turn(rows.narrow(0, first, count).view(-1, longest, rows.shape[1]), turns, direction)
 
     def _split(self, found: Tensor) -> Any:
         """The queries' rows of each group."""
-        return found.split_with_sizes(self.sizes[::3])
+        return found.split_with_sizes(self.sizes[::3]) if len(self.groups) > 1 else [found]
 
     def _of_groups(self, heads: Tensor) -> Any:
         """The rows of each group's queries, keys and values."""

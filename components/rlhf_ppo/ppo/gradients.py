@@ -5,9 +5,12 @@ That of all weights is then never in memory.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -176,27 +179,13 @@ class Gradients:
     @torch.no_grad()
     def step_at_once(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """``step`` with all gradients in memory, for those that are ``small``; none where the norm is not finite."""
-        whole = torch.empty(sum(parameter.numel() for parameter in self.parameters))
-        parts: list[Tensor] = []
-        place = 0
-        for weights, of_output, inputs in self.products:
-            shape = of_output.shape[1], inputs.shape[1]
-            found = whole.as_strided(shape, (shape[1], 1), place)
-            weight_gradient(of_output, inputs, out=found)
-            parts += [found] if len(weights) == 1 else found.split([weight.shape[0] for weight in weights])
-            place += shape[0] * shape[1]
-        rest = self.parameters[len(parts) :]
-        others = whole[place:].zero_().split([parameter.numel() for parameter in rest])
-        parts += [part.view_as(parameter) for parameter, part in zip(rest, others, strict=True)]
-        by_id = dict(zip(map(id, self.parameters), parts, strict=True))
-        for parameter, (ids, rows) in self.rows.items():
-            by_id[id(parameter)].index_add_(0, ids, rows)
-        for parameter, gradient in self.others.items():
-            by_id[id(parameter)].copy_(gradient)
-        norm = norm_of(whole)
-        if not bool(torch.isfinite(norm)):
+        together = _together.get(optimizer)
+        if together is None or not together.fits(self.parameters):
+            together = _together[optimizer] = _Together(self)
+        norm = together.take(self)
+        if not math.isfinite(norm):
             return norm
-        known = zip(self.parameters, parts, self._begin(optimizer), strict=True)
+        known = zip(self.parameters, together.parts, self._begin(optimizer), strict=True)
         _adam_of_all([(parameter, part, *of_it) for parameter, part, of_it in known])
         return norm
 
@@ -215,6 +204,46 @@ class Gradients:
         # What a scheduler of torch's looks for.
         optimizer._opt_called = True
         return found
+
+
+class _Together:
+    """Memory for the gradients of small weights: one piece, which each step of an optimizer writes anew."""
+
+    def __init__(self, gradients: Gradients) -> None:
+        self.parameters = gradients.parameters
+        self.whole = torch.empty(sum(parameter.numel() for parameter in self.parameters))
+        # What each product is written to, and then the gradient of each of the parameters
+        self.products: list[Tensor] = []
+        self.parts: list[Tensor] = []
+        place = 0
+        for weights, of_output, inputs in gradients.products:
+            shape = of_output.shape[1], inputs.shape[1]
+            found = self.whole.as_strided(shape, (shape[1], 1), place)
+            self.products.append(found)
+            self.parts += found.split([weight.shape[0] for weight in weights])
+            place += found.numel()
+        self.rest, others = self.whole[place:], self.parameters[len(self.parts) :]
+        parts = self.rest.split([parameter.numel() for parameter in others])
+        self.parts += [part.view_as(parameter) for parameter, part in zip(others, parts, strict=True)]
+        self.by_id = dict(zip(map(id, self.parameters), self.parts, strict=True))
+
+    def fits(self, parameters: list[Tensor]) -> bool:
+        """Whether it is made for these."""
+        return len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters))
+
+    def take(self, gradients: Gradients) -> Tensor:
+        """Write them here; returns their norm, 0-d."""
+        for (_, of_output, inputs), found in zip(gradients.products, self.products, strict=True):
+            weight_gradient(of_output, inputs, out=found)
+        self.rest.zero_()
+        for parameter, (ids, rows) in gradients.rows.items():
+            self.by_id[id(parameter)].index_add_(0, ids, rows)
+        others = self.parts[len(self.parts) - len(gradients.others) :]
+        torch._foreach_copy_(others, list(gradients.others.values()))
+        return norm_of(self.whole)
+
+
+_together: WeakKeyDictionary[torch.optim.Optimizer, _Together] = WeakKeyDictionary()
 
 
 def _apart(of_output: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:

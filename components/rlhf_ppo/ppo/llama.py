@@ -249,7 +249,7 @@ class Llama:
         states = states[: len(tape.ids)]
         if self.padding is not None and self.padding in tape.ids.numpy():
             # torch's embedding of this id learns nothing.
-            states[tape.ids == self.padding] = 0
+            states.masked_fill_((tape.ids == self.padding).unsqueeze(1), 0)
         gradients.add_rows(self.embeddings, tape.ids, states)
 
     def _layer_gradient(self, layer: _Layer, kept: Kept, tape: Tape, gradient: Tensor, gradients: Gradients) -> Tensor:

@@ -43,6 +43,8 @@ BY_TOKEN = AVX512
 NARROW = 256
 """The width up to which states lie token by token on any processor: they are the faster product so."""
 
+CLEARS = INTEL
+"""Whether MKL clears a large result as fast as torch does, before it adds to it: its code for AMD's does not."""
 BLOCK = 32, 96 if AVX512 else 768
 """Rows of a weight that are multiplied at a time: the fewest, and the most."""
 MANY = 16
@@ -218,14 +220,14 @@ def product_of(states: Tensor, weight: Tensor) -> Tensor:
     if weight.numel() >= LEAST_WEIGHTS and 1 < states.shape[0] <= BY_BLOCKS:
         return product_of_few(states, weight)
     if weight.numel() < LEAST_OF_HEAD or not torch.backends.mkldnn.is_available():
-        return linear(states, weight)
+        return _product(states, weight.t())
     return by_onednn(states, weight)
 
 
 def weight_gradient(gradient: Tensor, states: Tensor, out: Tensor | None = None) -> Tensor:
     """The transpose of ``gradient`` (tokens, n) times ``states`` (tokens, k), (n, k), which is written to ``out``."""
     if not (BY_ONEDNN and GRADIENTS_BY_ONEDNN):
-        return torch.mm(gradient.t(), states, out=out)
+        return _product(gradient.t(), states, out)
     # oneDNN reads either factor's transpose, but torch lays the first one out anew for it: the smaller one then.
     tokens, (n, k) = len(gradient), (gradient.shape[1], states.shape[1])
     if tokens * n <= tokens * k + n * k:
@@ -235,3 +237,11 @@ def weight_gradient(gradient: Tensor, states: Tensor, out: Tensor | None = None)
     if out is not None:
         return out.copy_(found)
     return found.contiguous()
+
+
+def _product(one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
+    """``one`` (m, k) times ``other`` (k, n), a large result, by MKL."""
+    if CLEARS:
+        return torch.mm(one, other, out=out)
+    cleared = one.new_zeros(one.shape[0], other.shape[1]) if out is None else out.zero_()
+    return cleared.addmm_(one, other)
