@@ -148,6 +148,13 @@ def test_minibatches_of_packed_rows_are_those_rows_packed() -> None:
         for name in ("input_ids", "index", "tokens"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         assert torch.equal(found.layout.positions, expected.layout.positions)
+    ordered = whole.of_rows([4, 2, 1, 0, 3])
+    for first, last in ((0, 2), (1, 4), (4, 5), (0, 5)):
+        part, expected = ordered.between(first, last), whole.of_rows([4, 2, 1, 0, 3][first:last])
+        assert part.layout is not None and expected.layout is not None and part.lengths == expected.lengths
+        assert (part.layout.lengths, part.layout.starts) == (expected.layout.lengths, expected.layout.starts)
+        for one, other in ((part, expected), (part.layout, expected.layout)):
+            assert all(torch.equal(t, getattr(other, name)) for name, t in vars(one).items() if isinstance(t, Tensor))
 
 
 def test_rows_of_equal_lengths_are_packed_as_well() -> None:

@@ -256,7 +256,8 @@ def test_accumulated_gradients_are_the_mean_over_minibatches_and_a_skipped_one_a
         update = begun(trained, rollout, [float(row) for row in range(8)])
         for row in spoiled:
             update.experience.logprobs[row] -= 50
-        used = trained.optimization._accumulate(update, list(rows))
+        update.order = list(rows)
+        used = trained.optimization._accumulate(update, len(rows))
         assert used == (1 if case != "both" else 2)
         found[case] = gradients(trained)
     for name, gradient in found["spoiled"].items():
@@ -269,7 +270,9 @@ def test_accumulated_gradients_are_the_mean_over_minibatches_and_a_skipped_one_a
 def gradients_of_rows(rows: list[int]) -> dict[str, Tensor]:
     trained = trainer()
     rollout = trained.rollout(queries(*[4] * 8))
-    trained.optimization._accumulate(begun(trained, rollout, [float(row) for row in range(8)]), rows)
+    update = begun(trained, rollout, [float(row) for row in range(8)])
+    update.order = rows
+    trained.optimization._accumulate(update, len(rows))
     return gradients(trained)
 
 

@@ -183,26 +183,14 @@ class Gradients:
         if together is None or not together.fits(self.parameters):
             together = _together[optimizer] = _Together(self)
         norm = together.take(self)
-        if not math.isfinite(norm):
-            return norm
-        known = zip(self.parameters, together.parts, self._begin(optimizer), strict=True)
-        _adam_of_all([(parameter, part, *of_it) for parameter, part, of_it in known])
+        if math.isfinite(norm):
+            together.learn(optimizer)
         return norm
 
     def _begin(self, optimizer: Any) -> list[tuple[Any, Any]]:
         """The group and the state of each of the parameters, None where ``optimizer`` lacks it; a step is counted."""
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        found = []
-        for parameter in self.parameters:
-            group = groups.get(id(parameter))
-            state = None if group is None else optimizer.state[parameter]
-            if state is not None and not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            found.append((group, state))
+        found = _known(self.parameters, optimizer)
         torch._foreach_add_([state["step"] for _, state in found if state is not None], 1)
-        # What a scheduler of torch's looks for.
-        optimizer._opt_called = True
         return found
 
 
@@ -226,10 +214,12 @@ class _Together:
         parts = self.rest.split([parameter.numel() for parameter in others])
         self.parts += [part.view_as(parameter) for parameter, part in zip(others, parts, strict=True)]
         self.by_id = dict(zip(map(id, self.parameters), self.parts, strict=True))
+        # What an optimizer's states count their steps with: parts of one tensor, so that they count in one operation
+        self.steps, self.counts = torch.empty(0), list[Tensor]()
 
     def fits(self, parameters: list[Tensor]) -> bool:
         """Whether it is made for these."""
-        return len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters))
+        return _same(parameters, self.parameters)
 
     def take(self, gradients: Gradients) -> Tensor:
         """Write them here; returns their norm, 0-d."""
@@ -242,8 +232,26 @@ class _Together:
         torch._foreach_copy_(others, list(gradients.others.values()))
         return norm_of(self.whole)
 
+    def learn(self, optimizer: Any) -> None:
+        """One step of ``optimizer`` with what was taken."""
+        known = _known(self.parameters, optimizer)
+        states = [state for _, state in known if state is not None]
+        if states and not _same([state["step"] for state in states], self.counts):
+            self.steps = torch.stack([state["step"] for state in states])
+            self.counts = list(self.steps.unbind())
+            for state, count in zip(states, self.counts, strict=True):
+                state["step"] = count
+        self.steps += 1
+        rows = zip(self.parameters, self.parts, known, strict=True)
+        _adam_of_all([(parameter, part, *of_it) for parameter, part, of_it in rows])
+
 
 _together: WeakKeyDictionary[torch.optim.Optimizer, _Together] = WeakKeyDictionary()
+
+
+def _same(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether they are the same objects."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _apart(of_output: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -282,6 +290,22 @@ def _at_once(parameter: Tensor) -> int:
     """How many of its rows are learned at once: parts alike, of ``PART`` numbers or fewer."""
     rows = len(parameter)
     return -(-rows // min(-(-parameter.numel() // PART), rows))
+
+
+def _known(parameters: list[Tensor], optimizer: Any) -> list[tuple[Any, Any]]:
+    """The group and the state of each of ``parameters``, which learn now; None where ``optimizer`` lacks it."""
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    found = []
+    for parameter in parameters:
+        group = groups.get(id(parameter))
+        state = None if group is None else optimizer.state[parameter]
+        if state is not None and not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        found.append((group, state))
+    # What a scheduler of torch's looks for.
+    optimizer._opt_called = True
+    return found
 
 
 def _adam_of_all(rows: list[tuple[Tensor, Tensor, Any, Any]]) -> None:

@@ -47,24 +47,38 @@ class Minibatches:
         if padding is not None or self.packed:
             given = rollout.queries, rollout.responses, padding, policy.decoder_start, self.packed
             self.whole = Sequences.of(*given).to(device if padding else torch.device("cpu"))
+        # Of a pass: the order of its rows, and packed sequences, mask and tables in that order
+        self.order: list[int] = []
+        self.ordered: tuple[Sequences, Tensor, Tensor] | None = None
 
-    def of(self, rows: list[int]) -> tuple[Sequences, list[int] | None, dict[str, Tensor]]:
-        """The sequences of ``rows``, how many tokens each has (None: equally many), and (rows, tokens) tables."""
-        chosen = torch.tensor(rows, device=self.device)
-        mask, tables = self.mask.index_select(0, chosen), self.tables.index_select(0, chosen)
-        if self.whole is not None and self.whole.static:
-            return self.whole.select(chosen), None, _named(tables, mask)
-        queries, responses = self.experience.rollout.queries, self.experience.rollout.responses
-        if self.whole is not None:
-            sequences = self.whole.of_rows(rows)
+    def of(self, order: list[int], first: int, last: int) -> tuple[Sequences, list[int] | None, dict[str, Tensor]]:
+        """The sequences of the rows ``order[first:last]``, their tokens (None: equally many), (rows, tokens) tables."""
+        rows = order[first:last]
+        responses = self.experience.rollout.responses
+        if self.packed:
+            whole, masks, all_tables = self._in_order(order)
+            sequences, mask, tables = whole.between(first, last), masks[first:last], all_tables[first:last]
         else:
-            sequences = Sequences.of(
-                [queries[row] for row in rows], [responses[row] for row in rows], None, self.decoder_start
-            )
+            chosen = torch.tensor(rows, device=self.device)
+            mask, tables = self.mask.index_select(0, chosen), self.tables.index_select(0, chosen)
+            if self.whole is not None:
+                return self.whole.select(chosen), None, _named(tables, mask)
+            queries = self.experience.rollout.queries
+            given = [queries[row] for row in rows], [responses[row] for row in rows], None, self.decoder_start
+            sequences = Sequences.of(*given).to(self.device)
         lengths = [responses[row].shape[0] for row in rows]
         longest = max(lengths)
         named = _named(tables[..., :longest], mask[:, :longest])
-        return sequences.to(self.device), None if min(lengths) == longest else lengths, named
+        return sequences, None if min(lengths) == longest else lengths, named
+
+    def _in_order(self, order: list[int]) -> tuple[Sequences, Tensor, Tensor]:
+        """Packed sequences, mask and tables of all rows of a pass: its minibatches are parts of them."""
+        if self.ordered is None or self.order is not order:
+            assert self.whole is not None
+            chosen = torch.tensor(order, device=self.device)
+            mask, tables = self.mask.index_select(0, chosen), self.tables.index_select(0, chosen)
+            self.order, self.ordered = order, (self.whole.of_rows(order).to(self.device), mask, tables)
+        return self.ordered
 
 
 class Optimization:
@@ -112,10 +126,10 @@ class Optimization:
                     self.minibatches = None
                     return False
             update.order, update.position = self._permutation(config.batch_size * world), 0
-        rows = update.order[update.position : update.position + config.global_backward_batch_size]
-        used = self._accumulate(update, rows)
+        last = min(update.position + config.global_backward_batch_size, len(update.order))
+        used = self._accumulate(update, last)
         update.norms.append(self._apply_gradients(used))
-        update.position += len(rows)
+        update.position = last
         update.optimizer_steps += 1
         return True
 
@@ -127,18 +141,18 @@ class Optimization:
         kl = torch.stack([stats[update.names.index("ppo/policy/kl3")] for stats in of_pass]).mean()
         return bool(kl > 1.5 * self.config.target_kl)
 
-    def _accumulate(self, update: Update, rows: list[int]) -> Tensor:
-        """Add up the gradients of the minibatches of ``rows``; returns how many counted, a 0-d tensor."""
+    def _accumulate(self, update: Update, last: int) -> Tensor:
+        """Add up the gradients of the minibatches to the row before ``last``; returns how many counted, 0-d."""
         config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
         size, used = config.mini_batch_size, torch.zeros((), device=self.device)
         minibatches = self._on_device(update.experience)
         # What is written out has no dropout.
         with nullcontext() if self.written else evaluating(self.model):
-            for start in range(0, len(rows), size * world):
-                last = start + size * world >= len(rows)
-                with nullcontext() if last else self.accelerator.no_sync(self.model):
+            for start in range(update.position, last, size * world):
+                goes_on = start + size * world < last
+                with self.accelerator.no_sync(self.model) if goes_on else nullcontext():
                     here = start + rank * size
-                    used = used + self._minibatch(update, minibatches, rows[here : here + size])
+                    used = used + self._minibatch(update, minibatches, here, min(here + size, last))
         return used
 
     def _on_device(self, experience: Experience) -> Minibatches:
@@ -147,12 +161,15 @@ class Optimization:
             self.written = self._written_out()
         return self.minibatches
 
-    def _minibatch(self, update: Update, minibatches: Minibatches, rows: list[int]) -> Tensor:
-        """Add up the gradients of a minibatch, zeros where it is skipped; returns whether it counted, a 0-d tensor."""
+    def _minibatch(self, update: Update, minibatches: Minibatches, first: int, last: int) -> Tensor:
+        """Add up the gradients of the rows from ``first`` to before ``last`` of the pass, zeros where it is skipped.
+
+        Returns whether it counted, a 0-d tensor.
+        """
         config = self.config
-        sequences, lengths, tables = minibatches.of(rows)
+        sequences, lengths, tables = minibatches.of(update.order, first, last)
         outputs, learn = self._forward(sequences, update.temperature)
-        logprobs, values, entropy = (_as_rows(flat, lengths, len(rows)) for flat in outputs)
+        logprobs, values, entropy = (_as_rows(flat, lengths, last - first) for flat in outputs)
         loss = ppo_loss(
             logprobs=logprobs,
             values=values,

@@ -127,6 +127,17 @@ class Sequences:
             ids, read, self.tokens.index_select(0, runs([firsts[row] for row in rows], lengths)), lengths
         )
 
+    def between(self, first: int, last: int) -> Sequences:
+        """The packed rows from ``first`` to before ``last``, where they lie."""
+        assert self.layout is not None and self.lengths is not None
+        read, lengths = self.layout.lengths[first:last], self.lengths[first:last]
+        start, before = self.layout.starts[first], sum(self.lengths[:first])
+        here, predicted = slice(start, start + sum(read)), slice(before, before + sum(lengths))
+        starts = [place - start for place in self.layout.starts[first:last]]
+        layout = Layout(read, starts, self.layout.positions[:, here])
+        index = self.index[predicted] - start
+        return Sequences(self.input_ids[:, here], index, self.tokens[predicted], layout=layout, lengths=lengths)
+
     def to(self, device: torch.device) -> Sequences:
         """The same on ``device``."""
         if device.type == "cpu":
