@@ -81,10 +81,12 @@ def main() -> None:
         sys.exit(pipeline(given.pipeline[0], Path(given.pipeline[1])))
     from rlhf_ppo.reference_snapshot.snapshot import snapshot_reference
 
+    gguf = Path("examples/movie_sentiment/inputs/SmolLM2-135M-Instruct.gguf")
+    if not gguf.exists():
+        sys.exit(f"{gguf} is not here: python examples/movie_sentiment/make_inputs.py makes it")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         here = Path(name)
-        gguf = "examples/movie_sentiment/inputs/SmolLM2-135M-Instruct.gguf"
-        snapshot_reference(gguf, "", here / "model", here / "tokenizer")
+        snapshot_reference(str(gguf), "", here / "model", here / "tokenizer")
         measure(True, here / "model", here)
         pairs = [[measure(shared, here / "model", here) for shared in (False, True)] for _ in range(given.rounds)]
     for alone, shared in pairs:
