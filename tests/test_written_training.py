@@ -78,7 +78,7 @@ def test_weights_that_learn_at_once_may_be_others_in_the_next_step() -> None:
     one, two = (torch.optim.Adam(policy.parameters(), lr=1e-2, fused=True) for policy in (found, expected))
     written = written_out(found.pretrained_model)
     assert written is not None
-    for number, still in enumerate(((), ("k_proj", "layernorm", "summary.bias"), ("q_proj",), (), (), ())):
+    for number, still in enumerate(((), ("k_proj", "layernorm", "summary.bias"), ("q_proj",), ("v_proj",), (), ())):
         if number == 5:
             # As from a checkpoint
             one.load_state_dict(copy.deepcopy(one.state_dict()))

@@ -151,7 +151,8 @@ class Gradients:
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
         """One step of ``optimizer``, of which ``takes`` is true; returns the norm of all gradients, 0-d."""
-        known, jobs = self._begin(optimizer), []
+        known, jobs = _known(self.parameters, optimizer), []
+        torch._foreach_add_([state["step"] for _, state in known if state is not None], 1)
         for parameter, (group, state) in zip(self._large, known, strict=False):
             parts = self._parts(parameter)
             nothing: list[Any] = [None] * len(parts)
@@ -187,12 +188,6 @@ class Gradients:
             together.learn(optimizer)
         return norm
 
-    def _begin(self, optimizer: Any) -> list[tuple[Any, Any]]:
-        """The group and the state of each of the parameters, None where ``optimizer`` lacks it; a step is counted."""
-        found = _known(self.parameters, optimizer)
-        torch._foreach_add_([state["step"] for _, state in found if state is not None], 1)
-        return found
-
 
 class _Together:
     """Memory for the gradients of small weights: one piece, which each step of an optimizer writes anew."""
@@ -215,7 +210,8 @@ class _Together:
         self.parts += [part.view_as(parameter) for parameter, part in zip(others, parts, strict=True)]
         self.by_id = dict(zip(map(id, self.parameters), self.parts, strict=True))
         # What an optimizer's states count their steps with: parts of one tensor, so that they count in one operation
-        self.steps, self.counts = torch.empty(0), list[Tensor]()
+        self.steps = torch.empty(0)
+        self.counts: list[Tensor] = []
 
     def fits(self, parameters: list[Tensor]) -> bool:
         """Whether it is made for these."""
