@@ -14,8 +14,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from rlhf_ppo.ppo import cpu, products
-from rlhf_ppo.ppo.generation import Sampling, draw, sample
+from rlhf_ppo.ppo.generation import sample
 from rlhf_ppo.ppo.models import PolicyWithValueHead
+from rlhf_ppo.ppo.sampling import Sampling, draw
 from rlhf_ppo.ppo.sequences import Sequences
 from tiny_models import llama, queries, qwen2
 

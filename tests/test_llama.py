@@ -23,12 +23,13 @@ from rlhf_ppo.ppo import (
     rollout,
 )
 from rlhf_ppo.ppo import llama as llama_module
-from rlhf_ppo.ppo.generation import draw, sample
+from rlhf_ppo.ppo.generation import sample
 from rlhf_ppo.ppo.llama import written_out
 from rlhf_ppo.ppo.models import load_model, shared_reference
 from rlhf_ppo.ppo.packing import Layout
 from rlhf_ppo.ppo.passes import Pass
 from rlhf_ppo.ppo.rollout import response_entropies, response_logprobs
+from rlhf_ppo.ppo.sampling import draw
 from rlhf_ppo.ppo.sequences import Sequences
 from tiny_models import SIZES, VOCABULARY, gpt2, llama, made, policy_of, queries, qwen2
 

@@ -31,7 +31,8 @@ from rlhf_ppo.policy_evaluation.statistics import (
     wins,
 )
 from rlhf_ppo.ppo import Sampling
-from rlhf_ppo.ppo.generation import draw, sample
+from rlhf_ppo.ppo.generation import sample
+from rlhf_ppo.ppo.sampling import draw
 from rlhf_ppo.settings import GateSettings
 from tiny_models import llama, queries, word_tokenizer
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rlhf_ppo.ppo.advantages import advantages_and_returns, full_kl, kl_penalty, token_rewards
-from rlhf_ppo.ppo.generation import Sampling, _block, _choose, _where_cumulative
 from rlhf_ppo.ppo.kl_control import KLController, RunningMoments, shape_scores
 from rlhf_ppo.ppo.losses import MinibatchLoss, ppo_loss
+from rlhf_ppo.ppo.sampling import Sampling, _block, _where_cumulative, choose
 from rlhf_ppo.ppo.tensors import logprob_and_entropy, masked_mean, masked_var, softmax_of, token_logprobs, whiten
 
 
@@ -348,7 +348,7 @@ def test_a_token_s_log_probability_is_that_among_all_words_also_where_few_may_be
     logits = torch.randn(40, places, generator=torch.Generator().manual_seed(0)) * 3
     uniform = torch.rand(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for sampling in (Sampling(1), Sampling(1, top_k=5), Sampling(1, do_sample=False)):
-        taken, logprobs = _choose(logits, sampling, uniform)
+        taken, logprobs = choose(logits, sampling, uniform)
         close(logprobs, token_logprobs(logits, taken), 1e-6)
         if sampling.top_k:
             assert bool((logits.gather(1, taken[:, None]) >= logits.topk(5).values[:, -1:]).all())

@@ -16,10 +16,11 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, generation, train
 from rlhf_ppo.ppo.experience import Update
-from rlhf_ppo.ppo.generation import Generated, draw
 from rlhf_ppo.ppo.loop import batch_rows
 from rlhf_ppo.ppo.models import decoder_start, response_logits
+from rlhf_ppo.ppo.responses import Generated
 from rlhf_ppo.ppo.rollout import Rollout, batches_by_length, response_logprobs, score_with_policy
+from rlhf_ppo.ppo.sampling import draw
 from rlhf_ppo.ppo.sequences import Sequences
 from tiny_models import bart, gemma2, gpt2, llama, neox, queries, qwen2, t5, word_tokenizer
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.devices import Device
-from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling, generation, rollout
+from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling, responses, rollout
 from rlhf_ppo.ppo.optimization import Optimization
 from rlhf_ppo.ppo.rollout import Rollout, score_with_policy
 from rlhf_ppo.ppo.sequences import Sequences
@@ -214,7 +214,7 @@ def test_every_rollout_has_the_same_operations_on_the_same_shapes(
     architecture: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Trace] = []
-    forward = generation._FixedDecoding._forward
+    forward = responses.FixedDecoding._forward
 
     def traced(self: Any) -> Any:
         with Trace() as trace:
@@ -222,7 +222,7 @@ def test_every_rollout_has_the_same_operations_on_the_same_shapes(
         found.append(trace)
         return result
 
-    monkeypatch.setattr(generation._FixedDecoding, "_forward", traced)
+    monkeypatch.setattr(responses.FixedDecoding, "_forward", traced)
     trained = trainer(architecture)
     trained.sampling = Sampling(10)
     for seed, lengths in enumerate([(3, 5, 4, 6, 2), (7, 3, 9, 1, 2), (12, 12, 12, 12, 12)]):

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -45,6 +46,11 @@ class Device:
     """What shows who uses it."""
     precision = "no"
     """What models compute in where the user does not say: accelerate's name for fp32, or bf16."""
+    capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
+    """Call a function once, and give one that lets the device repeat what it did, without the host.
+
+    It repeats it on the same tensors. RuntimeError where the host waited for the device. None where a device can't.
+    """
 
     def __init__(self) -> None:
         self.device = torch.device(self.name)
@@ -147,6 +153,21 @@ class Cuda(Device):
     def release_cache(self) -> None:
         """Give cached memory back to the GPU."""
         torch.cuda.empty_cache()
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:  # type: ignore[override]
+        """As a CUDA graph, whose memory is given back with what repeats it."""
+        before = torch.cuda.get_sync_debug_mode()
+        # A capture that fails leaves traces in torch: what would fail is seen here, where it does not matter.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the GPU: one that writes a checkpoint, say.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
 
     def random_states(self) -> list[torch.Tensor]:
         """The states of all cards' generators."""

@@ -56,7 +56,7 @@ def evaluate_policy(
         with tempfile.TemporaryDirectory(prefix="rlhf-ppo-") as place:
             champion = fetch_champion(settings, Path(place))
             models = Models(reference, policy, Path(place) if champion else None)
-            measured = measure(settings, repeated, reward, models, _device(settings).device)
+            measured = measure(settings, repeated, reward, models, _device(settings))
         samples, k1 = measured.samples, measured.kl["reference"][0]
         found = _found(measured, settings, champion)
         judged: dict[str, Samples] = {}

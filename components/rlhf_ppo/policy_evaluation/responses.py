@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 
+from rlhf_ppo.devices import Device
 from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings
 from rlhf_ppo.policy_evaluation.champion import load_champion
 from rlhf_ppo.policy_evaluation.statistics import Samples, kl_estimates
 from rlhf_ppo.ppo import Prompt, Sampling, cpu
-from rlhf_ppo.ppo.generation import Generated, draw, sample
+from rlhf_ppo.ppo.generation import sample
 from rlhf_ppo.ppo.models import load_model
+from rlhf_ppo.ppo.responses import Generated
 from rlhf_ppo.ppo.rewards import Reward, score, totals
 from rlhf_ppo.ppo.rollout import response_logprobs
+from rlhf_ppo.ppo.sampling import draw
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,7 @@ class Answers:
     logprobs: dict[str, list[torch.Tensor]]
 
 
-def measure(
-    settings: RunSettings, prompts: Sequence[Prompt], reward: Reward, models: Models, device: torch.device
-) -> Measured:
+def measure(settings: RunSettings, prompts: Sequence[Prompt], reward: Reward, models: Models, on: Device) -> Measured:
     """Let the models answer, and the reward score what they say; a prompt stands as often as samples are wanted."""
     from transformers import AutoTokenizer
 
@@ -58,7 +59,7 @@ def measure(
     tokenizers = {"policy": ours, "reference": ours}
     answers: dict[str, Answers] = {}
     known: dict[str, Generated] = {}
-    ask = partial(_ask, settings, device, 3 if models.champion else 2)
+    ask = partial(_ask, settings, on, 3 if models.champion else 2)
     # 1. The policy responds
     answers["policy"] = ask(0, lambda: load_model(models.policy, settings.model.model_dtype), prompts, known)
     known["policy"] = answers["policy"].generated
@@ -87,7 +88,7 @@ def measure(
 
 def _ask(
     settings: RunSettings,
-    device: torch.device,
+    on: Device,
     rounds: int,
     number: int,
     load: Callable[[], Any],
@@ -96,8 +97,8 @@ def _ask(
 ) -> Answers:
     """Responses of the model of a round, and its log-probabilities of those of ``others`` to the same prompts."""
     gc.collect()  # the model of the round before
-    model, temperature = load().to(device), settings.rollout.rollout_temperature
-    if device.type == "cpu":
+    model, temperature = load().to(on.device), settings.rollout.rollout_temperature
+    if on.device.type == "cpu":
         cpu.keep_memory()
         cpu.fuse(model, alone=True)
     sampling = Sampling.for_model(model, settings.rollout.rollout_max_new_tokens, temperature)
@@ -105,7 +106,8 @@ def _ask(
     uniform = draw(len(prompts), sampling.max_new_tokens, generator)
     queries = [prompt.input_ids for prompt in prompts]
     progress = _progress(number, rounds, len(prompts))
-    generated = sample(model, queries, sampling, uniform, settings.rollout.rollout_batch_size, progress)
+    size = settings.rollout.rollout_batch_size
+    generated = sample(model, queries, sampling, uniform, size, progress, capture=on.capture)
     logprobs = {
         name: response_logprobs(model, queries, other.responses, temperature=temperature)
         for name, other in others.items()

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from rlhf_ppo.ppo.experience import Experience
-from rlhf_ppo.ppo.generation import Sampling
 from rlhf_ppo.ppo.rollout import response_entropies
+from rlhf_ppo.ppo.sampling import Sampling
 from rlhf_ppo.ppo.sequences import Padding
 from rlhf_ppo.ppo.tensors import masked_mean, pad_rows
 

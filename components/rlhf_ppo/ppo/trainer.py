@@ -28,7 +28,7 @@ from rlhf_ppo.ppo.experience import (
     shaped_for,
     split_scores,
 )
-from rlhf_ppo.ppo.generation import Sampling, draw, sample
+from rlhf_ppo.ppo.generation import sample
 from rlhf_ppo.ppo.kl_control import KLController, RunningMoments
 from rlhf_ppo.ppo.models import PolicyWithValueHead
 from rlhf_ppo.ppo.optimization import SKIPPED, Optimization
@@ -40,6 +40,7 @@ from rlhf_ppo.ppo.rollout import (
     response_logprobs,
     score_with_policy,
 )
+from rlhf_ppo.ppo.sampling import Sampling, draw
 from rlhf_ppo.ppo.sequences import Padding
 from rlhf_ppo.ppo.setup import adam, make_accelerator, restore, state_of
 from rlhf_ppo.ppo.sharding import Sharding
@@ -165,6 +166,7 @@ class PPOTrainer:
                 padding=self.padding,
                 mark_step=self.on.mark_step,
                 agreed=self.sharding.agreed if self.sharding else bool,
+                capture=None if self.sharding else self.on.capture,
             )
             values = generated.values
             if critic:

@@ -1,0 +1,126 @@
+"""Tokens that a GPU samples by itself: what it did for one is recorded, and repeated for the next ones (CUDA graphs).
+
+A model's layers are hundreds of short operations. To call them takes the host 10 to 20 times as long as the GPU needs
+for a token of a model of a billion weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ppo.ppo.models import ValueHead, decoder_start, device_of, evaluating, response_logits
+from rlhf_ppo.ppo.packing import AGREEMENT
+from rlhf_ppo.ppo.responses import FixedDecoding
+from rlhf_ppo.ppo.sampling import Sampling, draw
+from rlhf_ppo.ppo.sequences import Padding, Sequences
+from rlhf_ppo.ppo.tensors import token_logprobs
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+"""Calls a function once, and gives one that lets the device repeat what it did, on the same tensors.
+
+Raises RuntimeError where the host had to wait for the device, whose answer a repetition could not give.
+"""
+TRIED = [7, 4], 8
+"""Tokens of the prompts, and of their responses, that a model is tried with."""
+
+
+class ReplayedDecoding(FixedDecoding):
+    """One batch whose tokens, from the third on, are repetitions of the second.
+
+    Without ``padding`` a batch is as wide as its longest prompt.
+    """
+
+    _again: Callable[[], None]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        queries: list[Tensor],
+        sampling: Sampling,
+        uniform: Tensor,
+        value_head: ValueHead | None,
+        padding: Padding | None,
+        capture: Capture,
+    ) -> None:
+        longest = max(len(query) for query in queries)
+        super().__init__(
+            model,
+            queries,
+            sampling,
+            uniform,
+            value_head,
+            padding or Padding(longest, longest + sampling.max_new_tokens),
+        )
+        self.capture = capture
+        assert self.mask is not None
+        self.kept = self.mask.bool()[:, None, None]
+        self.columns = torch.arange(self.room, device=self.rows.device)
+        # transformers' own attention adds its mask to the scores; torch's takes booleans.
+        self.adds = getattr(model.config, "_attn_implementation", None) == "eager"
+
+    @property
+    def slides(self) -> bool:
+        """Whether the cache of some layer has no room for all tokens: the host then knows what is thrown away."""
+        return any(getattr(layer, "max_cache_len", 0) < self.room for layer in self.cache.layers)
+
+    def _decoder_only_arguments(self) -> dict[str, Any]:
+        """With a mask of its own: transformers would ask the device whether it hides anything."""
+        # What is padded sees itself, for a softmax of nothing is NaN.
+        here = self.places[:, None]
+        seen = (self.kept & (self.columns < here)) | (self.columns == here)
+        if self.adds:
+            seen = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        return {**super()._decoder_only_arguments(), "attention_mask": seen}
+
+    def _next(self, number: int) -> None:
+        if number == 0:
+            self._token()
+        elif number == 1:
+            self._again = self.capture(self._token)
+        else:
+            self._again()
+
+
+_found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def replays(model: nn.Module, capture: Capture) -> bool:
+    """Whether ``model`` samples as before when its tokens are repeated; tried once, with a few. Warns where not."""
+    if model not in _found:
+        problem = _problem(model, capture)
+        if problem:
+            name = type(model).__name__
+            warnings.warn(f"{name} is sampled from operation by operation, which is slow: {problem}", stacklevel=2)
+        _found[model] = not problem
+    return _found[model]
+
+
+@torch.no_grad()
+def _problem(model: nn.Module, capture: Capture) -> str:
+    """Why not, in words; empty where it does."""
+    if decoder_start(model) is not None:
+        return "it has an encoder"
+    device, words = device_of(model), model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    prompts, tokens = TRIED
+    queries = [torch.arange(3, 3 + length) % words for length in prompts]
+    uniform = draw(len(queries), tokens, torch.Generator().manual_seed(0))
+    with evaluating(model):
+        try:
+            tried = ReplayedDecoding(model, queries, Sampling(tokens), uniform, None, None, capture)
+            if tried.slides:
+                return "not all of its layers keep all keys and values"
+            found = tried.run(lambda: None)
+        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            return str(error).splitlines()[0] if str(error) else type(error).__name__
+        sequences = Sequences.of(queries, found.responses).to(device)
+        logits, _ = response_logits(model, sequences)
+    apart = (token_logprobs(logits, sequences.tokens).cpu() - torch.cat(found.logprobs)).abs().max()
+    allowed = AGREEMENT.get(logits.dtype, 0.0) * float(logits.float().std())
+    # Written so that NaN is a difference.
+    return "" if float(apart) <= allowed else "repeated, its tokens have other probabilities"
