@@ -66,8 +66,13 @@ class ReplayedDecoding(FixedDecoding):
 
     @property
     def slides(self) -> bool:
-        """Whether the cache of some layer has no room for all tokens: the host then knows what is thrown away."""
-        return any(getattr(layer, "max_cache_len", 0) < self.room for layer in self.cache.layers)
+        """Whether some layer does not see all tokens: what its cache throws away is known to the host alone."""
+        config: Any = self.model.config
+        text = config.get_text_config(decoder=True)
+        # transformers 4 has room for all of them, and hides some by a mask that is not used here.
+        windows = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        rooms = [getattr(layer, "max_cache_len", 0) for layer in self.cache.layers]
+        return min([*rooms, *(window for window in windows if window)]) < self.room
 
     def _decoder_only_arguments(self) -> dict[str, Any]:
         """With a mask of its own: transformers would ask the device whether it hides anything."""
@@ -114,7 +119,7 @@ def _problem(model: nn.Module, capture: Capture) -> str:
         try:
             tried = ReplayedDecoding(model, queries, Sampling(tokens), uniform, None, None, capture)
             if tried.slides:
-                return "not all of its layers keep all keys and values"
+                return "not all of its layers see all tokens"
             found = tried.run(lambda: None)
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             return str(error).splitlines()[0] if str(error) else type(error).__name__
