@@ -1,7 +1,6 @@
 """Tokens that a GPU samples by itself: what it did for one is recorded, and repeated for the next ones (CUDA graphs).
 
-A model's layers are hundreds of short operations. To call them takes the host 10 to 20 times as long as the GPU needs
-for a token of a model of a billion weights.
+A model's layers are hundreds of short operations, and to call them takes the host longer than the GPU needs for them.
 """
 
 from __future__ import annotations
