@@ -42,7 +42,7 @@ def llama(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> nn
 
 def measure(model: nn.Module, on: Device, queries: list[Tensor], tokens: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each round, by side. Raises InputError where the model can't be repeated on this device."""
-    if on.capture is None or not replays(model, on.capture):
+    if on.capture is None or not replays(model, Sampling(tokens), on.capture):
         raise InputError(f"{on.name} does not repeat the tokens of {type(model).__name__}: nothing to compare")
     head = ValueHead(model.get_input_embeddings().weight.shape[1]).to(on.device)  # type: ignore[operator]
     numbers = draw(len(queries), tokens, torch.Generator().manual_seed(0))

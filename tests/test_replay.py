@@ -21,6 +21,7 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.devices import Cuda, Device
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, generation, replay
+from rlhf_ppo.ppo import sampling as choices
 from rlhf_ppo.ppo.generation import sample
 from rlhf_ppo.ppo.replay import ReplayedDecoding
 from rlhf_ppo.ppo.responses import Generated
@@ -179,8 +180,24 @@ def test_a_model_that_is_wrong_when_repeated_is_found_out() -> None:
 
     model.register_forward_hook(another_word)
     with warned("other probabilities"):
-        assert not replay.replays(model, graphs.capture)
+        assert not replay.replays(model, Sampling(4), graphs.capture)
     assert graphs.repeated == 6
+
+
+def test_a_choice_that_waits_for_the_device_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graphs, restricted = gpt2(), Graphs(), choices._restricted
+
+    def asking(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+        assert logits.sum().item()
+        return restricted(logits, sampling)
+
+    monkeypatch.setattr(choices, "_restricted", asking)
+    with warned():
+        sampled(model, graphs.capture)
+    with warned("called a synchronizing operation"):
+        replayed = sampled(model, graphs.capture, sampling={"top_k": 5})
+    same(replayed, sampled(model, sampling={"top_k": 5}))
+    assert graphs.recorded == 3
 
 
 def test_a_window_that_is_too_short_for_these_tokens_is_sampled_as_before() -> None:

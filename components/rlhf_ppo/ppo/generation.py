@@ -45,7 +45,7 @@ def sample(
     size = min(batch_size, len(queries))
     written = written_out(model) if padding is None else None
     packed = written is None and sampling.max_new_tokens >= PREPACKED_FROM
-    replayed = capture is not None and replays(model, capture)
+    replayed = capture is not None and replays(model, sampling, capture)
 
     def batch(part: list[Tensor], numbers: Tensor) -> Decoding:
         given = model, part, sampling, numbers, value_head

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -91,32 +92,34 @@ class ReplayedDecoding(FixedDecoding):
             self._again()
 
 
-_found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_found: WeakKeyDictionary[nn.Module, dict[Sampling, bool]] = WeakKeyDictionary()
 
 
-def replays(model: nn.Module, capture: Capture) -> bool:
+def replays(model: nn.Module, sampling: Sampling, capture: Capture) -> bool:
     """Whether ``model`` samples as before when its tokens are repeated; tried once, with a few. Warns where not."""
-    if model not in _found:
-        problem = _problem(model, capture)
+    # Log-probabilities to compare are those of the plain softmax, before anything is left out.
+    tried = replace(sampling, max_new_tokens=TRIED[1], eos_token_ids=(), temperature=1.0)
+    known = _found.setdefault(model, {})
+    if tried not in known:
+        problem = _problem(model, tried, capture)
         if problem:
             name = type(model).__name__
             warnings.warn(f"{name} is sampled from operation by operation, which is slow: {problem}", stacklevel=2)
-        _found[model] = not problem
-    return _found[model]
+        known[tried] = not problem
+    return known[tried]
 
 
 @torch.no_grad()
-def _problem(model: nn.Module, capture: Capture) -> str:
+def _problem(model: nn.Module, sampling: Sampling, capture: Capture) -> str:
     """Why not, in words; empty where it does."""
     if decoder_start(model) is not None:
         return "it has an encoder"
     device, words = device_of(model), model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    prompts, tokens = TRIED
-    queries = [torch.arange(3, 3 + length) % words for length in prompts]
-    uniform = draw(len(queries), tokens, torch.Generator().manual_seed(0))
+    queries = [torch.arange(3, 3 + length) % words for length in TRIED[0]]
+    uniform = draw(len(queries), sampling.max_new_tokens, torch.Generator().manual_seed(0))
     with evaluating(model):
         try:
-            tried = ReplayedDecoding(model, queries, Sampling(tokens), uniform, None, None, capture)
+            tried = ReplayedDecoding(model, queries, sampling, uniform, None, None, capture)
             if tried.slides:
                 return "not all of its layers see all tokens"
             found = tried.run(lambda: None)
