@@ -117,8 +117,9 @@ def test_a_model_is_tried_once_and_weights_that_changed_are_those_that_are_read(
         assert graphs.recorded == 3 + 2 * (number + 1)
 
 
-def test_in_bf16_weights_that_changed_between_rollouts_are_cast_anew() -> None:
-    model, graphs = gpt2(), Graphs()
+@pytest.mark.parametrize("architecture", [gpt2, llama])
+def test_in_bf16_weights_that_changed_between_rollouts_are_cast_anew(architecture: Callable[[], nn.Module]) -> None:
+    model, graphs = architecture(), Graphs()
 
     def by_hand(step: Callable[[], None]) -> Callable[[], None]:
         step()

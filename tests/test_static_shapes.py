@@ -195,6 +195,28 @@ def test_fixed_batches_also_the_last_one_change_no_number(architecture: Callable
                 torch.testing.assert_close(row, right, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", [llama, gpt2, gemma2, neox, qwen2, t5, bart])
+def test_in_bf16_what_is_sampled_with_fixed_shapes_is_what_a_pass_says(
+    architecture: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[Any] = []
+    made = responses._FixedCache.__init__
+    monkeypatch.setattr(
+        responses._FixedCache, "__init__", lambda self, **given: caches.append(self) or made(self, **given)
+    )
+    trained, asked = trainer(architecture, accelerator_kwargs={"mixed_precision": "bf16"}), queries(3, 5, 4, 6, 2)
+    trained.sampling = Sampling(10, eos_token_ids=(2, 3))
+    found = trained.rollout(asked, batch_size=3)
+    # One precision for keys and values, also where keys are turned in fp32.
+    for cache in caches:
+        assert all(layer.keys.dtype == layer.values.dtype for layer in cache.layers)
+    with trained.accelerator.autocast():
+        again = score_with_policy(trained.policy, asked, found.responses, padding=trained.padding)
+    for name in ("logprobs", "values"):
+        for row, right in zip(getattr(found, name), getattr(again, name), strict=True):
+            torch.testing.assert_close(row, right, atol=0.05, rtol=0.05)
+
+
 def test_every_scoring_batch_has_the_same_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout, "SCORING_TOKENS", 70)
     trained, shapes = trainer(llama), set()

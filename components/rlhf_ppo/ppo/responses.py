@@ -180,6 +180,19 @@ class WrittenDecoding(Decoding):
         return self.written.logits(hidden), hidden
 
 
+class _FixedCache(StaticCache):
+    """Room for all tokens; keys have the precision of values.
+
+    Under autocast a projection's result has fewer bits, and keys that are turned after it are fp32 again, which
+    attention casts anyway, all of them for each token.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Put them in, and give what is there."""
+        found: tuple[Tensor, Tensor] = super().update(key_states.to(value_states.dtype), value_states, *more, **named)
+        return found
+
+
 class FixedDecoding(Decoding):
     """One batch whose shapes never change: the cache has room for all tokens, and rows that have ended stay.
 
@@ -200,7 +213,7 @@ class FixedDecoding(Decoding):
         self.agreed = agreed
         device, rows, new = self.rows.device, len(queries), sampling.max_new_tokens
         self.room = new if self.encoded is not None else padding.query + new
-        kept: Any = StaticCache(
+        kept: Any = _FixedCache(
             config=model.config,  # type: ignore[arg-type]
             max_cache_len=self.room,
             max_batch_size=rows,
