@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,19 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(products, "NARROW", 0)
     monkeypatch.setattr(products, "CLEARS", request.param == "by number")
     return str(request.param)
+
+
+@pytest.fixture
+def precisions() -> Iterator[Callable[[], None]]:
+    """Lets a test train in several: accelerate has one for each process, until what this gives is called."""
+    from accelerate.state import AcceleratorState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture(scope="session")

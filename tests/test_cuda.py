@@ -57,7 +57,9 @@ def test_repeated_tokens_are_those_that_the_host_samples(model: Callable[[], nn.
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_ppo_steps_that_repeat_have_the_statistics_of_those_that_do_not(precision: str) -> None:
+def test_ppo_steps_that_repeat_have_the_statistics_of_those_that_do_not(
+    precision: str, precisions: Callable[[], None]
+) -> None:
     found: list[list[dict[str, Any]]] = []
     for repeats in (True, False):
         on = Cuda()

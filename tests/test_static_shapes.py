@@ -197,7 +197,7 @@ def test_fixed_batches_also_the_last_one_change_no_number(architecture: Callable
 
 @pytest.mark.parametrize("architecture", [llama, gpt2, gemma2, neox, qwen2, t5, bart])
 def test_in_bf16_what_is_sampled_with_fixed_shapes_is_what_a_pass_says(
-    architecture: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch
+    architecture: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch, precisions: Callable[[], None]
 ) -> None:
     caches: list[Any] = []
     made = responses._FixedCache.__init__
@@ -215,6 +215,23 @@ def test_in_bf16_what_is_sampled_with_fixed_shapes_is_what_a_pass_says(
     for name in ("logprobs", "values"):
         for row, right in zip(getattr(found, name), getattr(again, name), strict=True):
             torch.testing.assert_close(row, right, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(("architecture", "fixed"), [(llama, True), (llama, False), (gpt2, False), (t5, True)])
+def test_in_bf16_a_ppo_step_is_that_in_fp32_but_for_rounding(
+    architecture: Callable[[int], nn.Module], fixed: bool, precisions: Callable[[], None]
+) -> None:
+    changes = {} if fixed else {"pad_for_acceleration": False, "pad_max_input_len": 0, "pad_max_len": 0}
+    plain = trainer(architecture, **changes)
+    given = ragged(plain, 0)
+    expected = plain.update(*given)
+    precisions()
+    trained = trainer(architecture, **changes, accelerator_kwargs={"mixed_precision": "bf16"})
+    found = trained.update(*given)
+    for name, allowed in (("objective/kl", 0.1), ("ppo/loss/total", 0.1), ("ppo/policy/entropy", 0.02)):
+        assert found[name] == pytest.approx(expected[name], rel=allowed, abs=allowed)
+        assert found[name] != expected[name]  # it was bf16
+    assert all(weight.dtype == torch.float32 for weight in trained.policy.parameters())
 
 
 def test_every_scoring_batch_has_the_same_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
