@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlhf_ppo.ppo.advantages import advantages_and_returns, full_kl, kl_penalty, token_rewards
 from rlhf_ppo.ppo.kl_control import KLController, RunningMoments, shape_scores
 from rlhf_ppo.ppo.losses import MinibatchLoss, ppo_loss
 from rlhf_ppo.ppo.sampling import Sampling, _block, _where_cumulative, choose
-from rlhf_ppo.ppo.tensors import logprob_and_entropy, masked_mean, masked_var, softmax_of, token_logprobs, whiten
+from rlhf_ppo.ppo.tensors import (
+    AT_ONCE,
+    logprob_and_entropy,
+    masked_mean,
+    masked_var,
+    softmax_of,
+    token_logprobs,
+    whiten,
+)
 
 
 def tensor(*rows: object) -> Tensor:
@@ -274,7 +285,7 @@ def test_the_entropy_over_a_large_vocabulary_is_that_in_double_precision_unlike_
 
 @pytest.mark.parametrize("at_once", (1, 22, 1 << 19))
 def test_logprob_entropy_and_gradient_agree_with_autograd(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_ppo.ppo.tensors.AT_ONCE", at_once)
+    monkeypatch.setitem(AT_ONCE, "cpu", at_once)
     torch.manual_seed(0)
     logits = torch.randn(5, 11, dtype=torch.float32).requires_grad_()
     tokens = torch.tensor([0, 10, 3, 3, 7])
@@ -293,6 +304,47 @@ def test_logprob_entropy_and_gradient_agree_with_autograd(at_once: int, monkeypa
     found = softmax_of(spare, tokens, spare=True)
     assert torch.equal(found[0], plain_softmax[0]) and torch.equal(found[1], plain_softmax[1])
     assert found[2].weights is spare and torch.equal(spare, plain_softmax[2].weights)
+
+
+class Sizes(TorchDispatchMode):
+    """The most numbers in fp32 that an operation made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        wide = [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor) and leaf.dtype == torch.float32]
+        self.most = max([self.most, *wide])
+        return made
+
+
+@pytest.mark.parametrize("kind", (torch.bfloat16, torch.float16))
+def test_of_logits_in_halves_only_parts_are_in_fp32_and_sums_lose_nothing(
+    kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(20, 5000, generator=generator) * 4).to(kind).requires_grad_()
+    tokens, weights = torch.randint(5000, (20,), generator=generator), torch.randn(20, generator=generator)
+    tokens[:10] = logits[:10].argmax(-1)
+    exact = logits.detach().double().log_softmax(-1)
+    slope = -exact.exp() * weights[:, None]
+    slope[range(20), tokens] += weights
+    found = []
+    for at_once in (3 * 5000, 1 << 25):
+        monkeypatch.setitem(AT_ONCE, "cpu", at_once)
+        logits.grad = None
+        with Sizes() as sizes:
+            logprobs, entropy = logprob_and_entropy(logits, tokens)
+            (logprobs * weights).sum().backward()
+        assert sizes.most == min(at_once, logits.numel())
+        assert logprobs.dtype == entropy.dtype == torch.float32 and logits.grad is not None
+        assert (logprobs - exact[range(20), tokens]).abs().max() < 5e-6
+        assert (entropy + (exact.exp() * exact).sum(-1)).abs().max() < 5e-6
+        # Twice what the precision rounds to: the softmax, and the gradient.
+        apart = (logits.grad - slope).abs() / slope.abs()
+        assert apart[slope.abs() > 1e-4].max() < 2.1 * torch.finfo(kind).eps / 2
+        found.append(logits.grad.clone())
+    assert torch.equal(*found)
 
 
 def test_a_token_is_where_the_sum_of_the_distribution_passes_its_number() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-AT_ONCE = 1 << 19
-"""Logits that a CPU reads at once."""
+AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 25}
+"""Logits that a device reads at once: those that stay in a CPU's cache, or that take a GPU 128 MB. Others read all."""
+HALVES = torch.bfloat16, torch.float16
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all training processes."""
@@ -82,12 +83,13 @@ def softmax_of(logits: Tensor, tokens: Tensor, *, spare: bool = False) -> tuple[
     """Log-probabilities of ``tokens`` (n,), entropies in nats (n,) and the softmax, of ``logits`` (n, vocabulary).
 
     Each sum over the vocabulary is one of torch's that loses little: in fp32 log_softmax and einsum are off by ten
-    times as much. A CPU takes as many rows at a time as stay in its cache. ``spare`` logits become the softmax.
+    times as much. Of logits in bf16 or fp16 only some at a time (``AT_ONCE``) are ever in fp32; the softmax then has
+    their precision, and all else is fp32. ``spare`` logits become the softmax.
     """
-    rows = max(AT_ONCE // logits.shape[-1], 1)
+    rows = _rows_at_once(logits)
     chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
     weights = logits if spare else torch.empty_like(logits)
-    if logits.device.type != "cpu" or logits.shape[0] <= rows:
+    if logits.shape[0] <= rows:
         largest, sums, products = _read(logits, weights)
     else:
         parts = [_read(*part) for part in zip(logits.split(rows), weights.split(rows), strict=True)]
@@ -102,21 +104,37 @@ def _read(logits: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Those are products of weight and logit - largest; entries of -inf count nothing.
     """
-    largest = logits.amax(-1)
-    shifted = logits - largest[:, None]
-    torch.exp(shifted, out=weights)
+    half = logits.dtype in HALVES
+    wide = logits.float() if half else logits
+    largest = wide.amax(-1)
+    shifted = wide - largest[:, None]
+    exact = torch.exp(shifted) if half else torch.exp(shifted, out=weights)
+    if half:
+        weights.copy_(exact)
     # -inf times a weight of 0 is nan.
-    return largest, weights.sum(-1), shifted.mul_(weights).nansum(-1)
+    return largest, exact.sum(-1), shifted.mul_(exact).nansum(-1)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """How many rows of ``logits`` (n, vocabulary) its device reads at once."""
+    return max(AT_ONCE.get(logits.device.type, logits.numel()) // logits.shape[-1], 1)
 
 
 def logits_gradient(gradient: Tensor, softmax: Softmax, tokens: Tensor) -> Tensor:
     """That of the logits (n, vocabulary) from that of the log-probabilities (n,); the weights are written to."""
     weights, sums = softmax
-    return weights.mul_((gradient / sums).neg_()[:, None]).scatter_add_(-1, tokens[:, None], gradient[:, None])
+    if weights.dtype not in HALVES:
+        return weights.mul_((gradient / sums).neg_()[:, None]).scatter_add_(-1, tokens[:, None], gradient[:, None])
+    rows = _rows_at_once(weights)
+    parts = (given.split(rows) for given in (weights, sums, gradient, tokens))
+    for weights_here, sums_here, gradient_here, tokens_here in zip(*parts, strict=True):
+        wide = Softmax(weights_here.float(), sums_here)
+        weights_here.copy_(logits_gradient(gradient_here, wide, tokens_here))
+    return weights
 
 
 class _LogprobAndEntropy(torch.autograd.Function):
-    """One buffer of the size of the logits, from which value, entropy and gradient all come."""
+    """One buffer of the size of the logits, in their precision, from which value, entropy and gradient all come."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +154,7 @@ def logprob_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]
 
     ``logits`` is (n, vocabulary). The backward pass may run once.
     """
-    logprobs, entropy = _LogprobAndEntropy.apply(logits.float(), tokens)
+    logprobs, entropy = _LogprobAndEntropy.apply(logits if logits.dtype in HALVES else logits.float(), tokens)
     return logprobs, entropy
 
 
