@@ -289,7 +289,7 @@ class Torch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
-        self.mode = "default"
+        self.mode = self.stream = "default"
         outer = self
 
         class Graph:
@@ -300,11 +300,22 @@ class Torch:
         def graph(made: Graph, *, capture_error_mode: str) -> Iterator[None]:
             assert isinstance(made, Graph) and capture_error_mode == "thread_local" and outer.mode == "default"
             outer.calls.append("begin")
+            self.stream = "of the capture"
             yield
+            self.stream = "default"
             outer.calls.append("end")
+
+        @contextmanager
+        def stream(current: str) -> Iterator[None]:
+            try:
+                yield
+            finally:
+                self.stream = current
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
         monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
 
@@ -326,6 +337,14 @@ def test_what_waits_is_never_captured_and_the_mode_is_put_back(monkeypatch: pyte
     with pytest.raises(RuntimeError, match="synchronizing"):
         Cuda().capture(waits)
     assert (fake.calls, fake.mode) == ([], "default")
+
+    def fails_when_captured() -> None:
+        if fake.mode == "default":
+            raise RuntimeError("not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        Cuda().capture(fails_when_captured)
+    assert (fake.calls, fake.mode, fake.stream) == (["begin"], "default", "default")
 
 
 def test_a_cpu_repeats_nothing_by_itself() -> None:

@@ -164,8 +164,11 @@ class Cuda(Device):
         finally:
             torch.cuda.set_sync_debug_mode(before)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU: one that writes a checkpoint, say.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # What other threads ask of the GPU is theirs; and a capture that fails does not put the current stream back.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        ):
             step()
         return graph.replay
 
