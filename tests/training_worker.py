@@ -24,6 +24,7 @@ from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
 from rlhf_ppo.parameters import decode
 from rlhf_ppo.ppo import PPOTrainer
 from rlhf_ppo.ppo.optimization import Optimization
+from rlhf_ppo.ppo_training.keep import Keeper
 from rlhf_ppo.ppo_training.train import train_on_cards
 from rlhf_ppo.reference_snapshot.snapshot import snapshot_reference
 from rlhf_ppo.settings import DataSettings
@@ -165,7 +166,15 @@ def _wait_in_update(number: int) -> None:
 
 
 def _write_late() -> None:
-    """Write each checkpoint only after the next optimizer step, and copy nothing sooner than that."""
+    """Write each checkpoint only after the next optimizer step, and copy nothing sooner than that; leave none out."""
+    before_step = Keeper.before_step
+
+    def unhurried(self: Keeper, step: int) -> None:
+        while self.store.busy:
+            time.sleep(0.01)
+        before_step(self, step)
+
+    Keeper.before_step = unhurried  # type: ignore[method-assign]
     save, write, advance, changed = CheckpointStore.save, checkpoint.write_tensors, Optimization.advance, Event()
 
     def saving(*given: Any, **named: Any) -> bool:
