@@ -72,7 +72,7 @@ def bandwidth(on: Device, numbers: int = 1 << 28) -> float:
     return 2 * one.nbytes / statistics.median(times)
 
 
-def report(model: nn.Module, on: Device, found: dict[str, list[float]], tokens: int, rate: float) -> str:
+def report(model: nn.Module, found: dict[str, list[float]], tokens: int, rate: float) -> str:
     """Milliseconds a token by side, their ratio, and the limit's share of the second."""
     called, repeated = (statistics.median(found[side]) / tokens * 1000 for side in SIDES)
     ratios = [one / other for one, other in zip(*(found[side] for side in SIDES), strict=True)]
@@ -97,7 +97,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     queries = list(torch.randint(3, SIZES["vocab_size"], (given.rows, given.prompt), generator=generator))
     found = measure(model, on, queries, given.tokens, given.rounds)
-    print(report(model, on, found, given.tokens, bandwidth(on)))
+    print(report(model, found, given.tokens, bandwidth(on)))
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def test_a_window_that_is_too_short_for_these_tokens_is_sampled_as_before() -> N
 
 def test_what_a_token_sees() -> None:
     prompts, numbers = queries(3, 1), draw(2, 2, torch.Generator().manual_seed(0))
-    batch = ReplayedDecoding(gpt2(), prompts, Sampling(2), numbers, None, None, Graphs().capture)
+    batch = ReplayedDecoding(gpt2(), prompts, Sampling(2), numbers, None, capture=Graphs().capture)
     # Four places for prompts, one of which is always hidden, and two for responses; what is padded sees itself alone.
     rows = [
         [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]],
@@ -277,7 +277,7 @@ def test_the_benchmark_of_sampling_measures_both_sides() -> None:
     # The trial, and a round that does not count.
     assert (device.graphs.recorded, device.graphs.repeated) == (1 + 3, 6 + 3 * 4)
     rate = benchmark.bandwidth(device, 1 << 12)
-    said = benchmark.report(model, device, {"called": [6.0, 6.0], "repeated": [3.0, 2.0]}, 6, 1e6)
+    said = benchmark.report(model, {"called": [6.0, 6.0], "repeated": [3.0, 2.0]}, 6, 1e6)
     assert rate > 0 and said.startswith("called 1000.00 ms a token, repeated 416.67: ratio 2.50 (2.00 to 3.00)")
     limit = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6 * 1000
     assert f"take {limit:.2f} ms, {limit / 416.67:.2f} of that" in said

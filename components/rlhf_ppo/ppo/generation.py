@@ -52,7 +52,7 @@ def sample(
         if written is not None:
             return WrittenDecoding(*given, written=written)
         if capture is not None and replayed:
-            found = ReplayedDecoding(*given, padding, capture)
+            found = ReplayedDecoding(*given, padding=padding, capture=capture)
             if not found.slides:
                 return found
         return Decoding(*given) if padding is None else FixedDecoding(*given, padding, agreed)

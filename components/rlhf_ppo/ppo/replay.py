@@ -45,18 +45,13 @@ class ReplayedDecoding(FixedDecoding):
         sampling: Sampling,
         uniform: Tensor,
         value_head: ValueHead | None,
-        padding: Padding | None,
+        *,
+        padding: Padding | None = None,
         capture: Capture,
     ) -> None:
         longest = max(len(query) for query in queries)
-        super().__init__(
-            model,
-            queries,
-            sampling,
-            uniform,
-            value_head,
-            padding or Padding(longest, longest + sampling.max_new_tokens),
-        )
+        padding = padding or Padding(longest, longest + sampling.max_new_tokens)
+        super().__init__(model, queries, sampling, uniform, value_head, padding)
         self.capture = capture
         assert self.mask is not None
         self.kept = self.mask.bool()[:, None, None]
@@ -119,7 +114,7 @@ def _problem(model: nn.Module, sampling: Sampling, capture: Capture) -> str:
     uniform = draw(len(queries), sampling.max_new_tokens, torch.Generator().manual_seed(0))
     with evaluating(model):
         try:
-            tried = ReplayedDecoding(model, queries, sampling, uniform, None, None, capture)
+            tried = ReplayedDecoding(model, queries, sampling, uniform, None, capture=capture)
             if tried.slides:
                 return "not all of its layers see all tokens"
             found = tried.run(lambda: None)
