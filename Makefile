@@ -57,7 +57,7 @@ TORCH_TESTS = tests/test_config.py tests/test_llama.py tests/test_written_traini
 	tests/test_preemption.py tests/test_checkpoint.py tests/test_static_shapes.py tests/test_devices.py \
 	tests/test_launch.py tests/test_preflight.py tests/test_sharded_training.py tests/test_rewards.py \
 	tests/test_reward_endpoint.py tests/test_training.py tests/test_reference_snapshot.py \
-	tests/test_dataset_preparation.py tests/test_policy_evaluation.py tests/test_hub_push.py tests/test_replay.py
+	tests/test_dataset_preparation.py tests/test_policy_evaluation.py tests/test_hub_push.py tests/test_replay.py tests/test_sampling.py
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
