@@ -213,6 +213,9 @@ def test_onednn_rounds_a_row_alike_however_many_others_come_with_it() -> None:
         whole = products.by_onednn(states, weight)
         for rows in (2, 3, 5, 8, 15, 16, 17, 40, 128):
             assert torch.equal(products.by_onednn(states[:rows], weight), whole[:rows])
+            # As columns, too, where training has them so
+            if products.BY_ONEDNN and rows % products.MANY == 0:
+                assert torch.equal(products.by_onednn(weight, states[:rows]).t(), whole[:rows])
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,28 @@ def test_onednn_has_the_weights_that_are_worth_its_calls(
     assert ((32, 32) in factors) is (least == 0) and ((32, 8) in factors) is gradients
 
 
+@pytest.mark.parametrize("onednn", (True, False))
+def test_more_tokens_are_columns_for_larger_weights(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"LEAST_WEIGHTS": 1, "LARGER": 1920, "COLUMNS_OF_LARGER": 96, "LAID_ANEW": 64 * 48}
+    for name, value in {"BY_ONEDNN": onednn, "LEAST_BY_ONEDNN": 0, "BY_TOKEN": True, **sizes}.items():
+        monkeypatch.setattr(products, name, value)
+    columns, by_number = [], products._by_number
+    monkeypatch.setattr(products, "_by_number", lambda *given: (columns.append(given), by_number(*given))[1])
+    ways: list[Callable[[Tensor, Tensor], Tensor]] = [
+        products.times_by_token,
+        products.times,
+        lambda states, weight: products.plus_times(torch.ones(len(states), len(weight)), states, weight) - 1,
+    ]
+    # Weight and tokens, and how many of the three ways have them as columns
+    for shape, tokens, expected in (((48, 40), 64, 3), ((48, 40), 112, 0), ((48, 39), 64, 0), ((49, 40), 64, 2)):
+        states, weight = torch.randn(tokens, shape[1]), torch.randn(shape)
+        columns.clear()
+        for way in ways:
+            torch.testing.assert_close(way(states, weight), states @ weight.T, atol=1e-4, rtol=1e-5)
+        assert len(columns) == expected, (shape, tokens)
+        assert products.times_by_token(states, weight).is_contiguous()
+
+
 @pytest.mark.parametrize("narrow", (True, False))
 def test_states_lie_as_the_processor_wants_them(processor: str, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen, wide = llama(), [], []
@@ -348,6 +370,26 @@ def test_it_samples_and_scores_as_the_model_does(
     for each, plain_each in zip(entropies, plain_entropies, strict=True):
         for one, two in zip(each, plain_each, strict=True):
             torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ("llama", "qwen2, biases and tied"))
+def test_a_query_of_several_rows_is_read_once(name: str, processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = WRITTEN[name](), []
+    one, two, three = queries(4, 2, 4)
+    asked = [one, two, one, three, two, one]
+    embedded = llama_module.Llama.embedded
+    monkeypatch.setattr(
+        llama_module.Llama, "embedded", lambda *given: (read.append(len(given[1])), embedded(*given))[1]
+    )
+    settings, uniform = Sampling(8, eos_token_ids=tuple(range(56, 64))), draw(6, 8, torch.Generator().manual_seed(1))
+    found = sample(model, asked, settings, uniform)
+    assert read[-1] == 4 + 2 + 4
+    monkeypatch.setattr(generation, "written_out", lambda _: None)
+    plain = sample(model, asked, settings, uniform)
+    assert len({tuple(row.tolist()) for row in plain.responses}) == 6
+    assert [row.tolist() for row in found.responses] == [row.tolist() for row in plain.responses]
+    for mine, theirs in zip(found.logprobs, plain.logprobs, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_is_read_once_all_responses_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:

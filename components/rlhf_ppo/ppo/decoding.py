@@ -12,6 +12,7 @@ from rlhf_ppo.ppo.attention import turn
 from rlhf_ppo.ppo.llama import Llama, filled, normed_by, turns_at
 from rlhf_ppo.ppo.packing import Layout
 from rlhf_ppo.ppo.products import AVX512, BY_ONEDNN, even, fill, laid, stay_few
+from rlhf_ppo.ppo.tensors import runs
 
 BY_PRODUCTS = not AVX512 or BY_ONEDNN
 """Whether a token attends by two products, the faster way. With Intel's AVX-512 MKL rounds a row by their number."""
@@ -20,7 +21,8 @@ BY_PRODUCTS = not AVX512 or BY_ONEDNN
 class Decoder:
     """Keys and values of what rows have read, with room for what will come.
 
-    Shorter queries stand to the right: the newest token of every row has the same column.
+    Shorter queries stand to the right: the newest token of every row has the same column. A query that several rows
+    have is read once.
     """
 
     @torch.inference_mode()
@@ -28,15 +30,22 @@ class Decoder:
         self.model = model
         lengths = torch.tensor([len(query) for query in queries])
         self.column = int(lengths.max())
-        self.layout = Layout.of(lengths.tolist())
-        self.seen, self.ids = lengths, torch.cat(queries)
+        # What is read, each query once, and which of it is each row's
+        read: dict[tuple[int, ...], int] = {}
+        which = [read.setdefault(tuple(query.tolist()), len(read)) for query in queries]
+        self.layout = Layout.of([len(query) for query in read])
+        self.seen, self.ids = lengths, torch.tensor([token for query in read for token in query])
+        # Where each row's tokens stand there, and the last of them
+        starts = torch.tensor(self.layout.starts)[which]
+        self.sources, self.ends = runs(starts.tolist(), lengths.tolist()), starts + lengths - 1
         missing, columns, keys = self.column - lengths, self.column + room, model.keys
         # (rows, 1, columns): what is added to scores
         hidden = torch.arange(columns) < missing[:, None, None]
         self.mask = model.head.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         # The places of keys, and then of values, of each token and head
         rows = torch.arange(len(queries)).repeat_interleave(lengths)
-        firsts = (rows * keys * columns + missing[rows] + self.layout.positions[0])[:, None, None]
+        positions = self.layout.positions[0][self.sources]
+        firsts = (rows * keys * columns + missing[rows] + positions)[:, None, None]
         kinds = torch.arange(2)[:, None] * len(queries) * keys * columns
         self.places = (firsts + kinds + torch.arange(keys) * columns).flatten()
         # Keys and values
@@ -48,16 +57,15 @@ class Decoder:
         """Last hidden states (rows, hidden) at the ends of the queries."""
         model, turns = self.model, turns_at(self.turns, self.layout.positions[0], filled(len(self.ids)))
         states, packed = model.embedded(self.ids), model.attention(self.layout, turned=True)
-        ends = torch.tensor(self.layout.starts) + self.seen - 1
         for layer, memory in zip(model.layers, self.memory, strict=True):
 
             def attend(heads: Tensor, memory: Tensor = memory) -> tuple[Tensor, Any]:
                 turn(heads[:, : model.queries + model.keys], turns)
-                read = heads[: len(self.ids), model.queries :].reshape(-1, model.size)
+                read = heads[:, model.queries :].index_select(0, self.sources).view(-1, model.size)
                 memory.view(-1, model.size).index_copy_(0, self.places, read)
                 return packed(heads)
 
-            states, _ = model.through(layer, states, attend, ends if layer is model.layers[-1] else None)
+            states, _ = model.through(layer, states, attend, self.ends if layer is model.layers[-1] else None)
         return normed_by(model.norm, states).states
 
     @torch.inference_mode()

@@ -51,6 +51,8 @@ MANY = 16
 """Fewer tokens times a weight take MKL as long as that many, but for a single one."""
 COLUMNS = 32
 """Tokens up to which, from ``MANY`` on, a large weight times them is the faster product whichever way they lie."""
+COLUMNS_OF_LARGER = 96 if FAMILY >= ZEN5 else COLUMNS
+"""The same for weights of ``LARGER``."""
 SPARE = 3 if FAMILY >= ZEN5 else 12
 """Of so many tokens as are columns for oneDNN, how many at most are missing to a multiple of ``MANY``."""
 EVEN = {4: 16, 16: 128, 32: sys.maxsize}
@@ -59,6 +61,10 @@ BY_BLOCKS = 15 if AVX512 else 128
 """States up to which a product for each block is at least as fast as oneDNN's."""
 LEAST_WEIGHTS = 1 << 16
 """Weights of a layer from which a product for each of several blocks is worth the calls."""
+LARGER = 1 << 18
+"""Weights of a layer from which more tokens are worth being columns."""
+LAID_ANEW = 1 << 21
+"""Numbers of a product up to which they are also where it has to be laid token by token; a head may have more."""
 LEAST_OF_HEAD = 1 << 20
 """Weights of a head from which oneDNN is."""
 
@@ -152,7 +158,8 @@ def _are_few(weight: Tensor, tokens: int) -> bool:
 def _are_columns(weight: Tensor, tokens: int) -> bool:
     """Whether so few tokens are columns for a large weight also where states lie token by token."""
     fit = -tokens % MANY <= SPARE if BY_ONEDNN else MANY <= tokens
-    return BY_TOKEN and fit and tokens <= COLUMNS and weight.numel() >= LEAST_WEIGHTS
+    most = COLUMNS_OF_LARGER if weight.numel() >= LARGER else COLUMNS
+    return BY_TOKEN and fit and tokens <= most and weight.numel() >= LEAST_WEIGHTS
 
 
 # 3. Products of states and weights
@@ -162,7 +169,7 @@ def times_by_token(states: Tensor, weight: Tensor) -> Tensor:
     """``states`` (tokens, k) times the transpose of ``weight`` (n, k), token by token: (tokens, n)."""
     if _are_few(weight, states.shape[0]):
         return product_of_few(states, weight)
-    if _are_columns(weight, states.shape[0]):
+    if _are_columns(weight, states.shape[0]) and len(weight) * states.shape[0] <= LAID_ANEW:
         return _by_number(states, weight).t().contiguous()
     return _by_token(states, weight)
 
