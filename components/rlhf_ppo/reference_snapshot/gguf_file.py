@@ -42,11 +42,19 @@ def _read_once() -> Iterator[None]:
     """Let transformers share one parsed file between config, tokenizer and weights, and one map of tensor names.
 
     It parses the file for each of them and builds the map for each layer: three times the work on a small model.
+    Parsing looks at the mapped file piece by piece, and a piece of numpy's memmap takes several times as long as one of
+    a plain array of the same memory.
     """
     import gguf
+    import numpy
 
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = functools.cache(reader)  # type: ignore[assignment,misc]
+
+    class Plain(reader):  # type: ignore[misc,valid-type]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, numpy.asarray(value) if name == "data" else value)
+
+    gguf.GGUFReader = functools.cache(Plain)  # type: ignore[assignment,misc]
     gguf.get_tensor_name_map = functools.cache(name_map)
     try:
         yield
