@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling
+from rlhf_ppo.ppo import diagnosis as diagnosis_module
 from rlhf_ppo.ppo.advantages import kl_penalty
 from rlhf_ppo.ppo.models import load_critic, load_model, shared_reference
 from rlhf_ppo.ppo.rollout import Rollout, response_logprobs, score_with_policy
@@ -267,6 +268,16 @@ def test_a_negative_kl_is_diagnosed_logprobs_of_another_pass() -> None:
     assert "differ from a second pass by 1.000 nats per token" in stats["objective/kl_diagnosis"]
 
 
+def test_a_cause_that_stays_is_told_in_every_tenth_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, passes = trainer(batch_size=64, learning_rate=1e-12), []
+    second_pass = diagnosis_module._second_pass
+    monkeypatch.setattr(diagnosis_module, "_second_pass", lambda *given: (passes.append(None), second_pass(*given))[1])
+    rollout = trained.rollout(queries(*[4] * 64))
+    other = Rollout(rollout.queries, rollout.responses, [row - 1 for row in rollout.logprobs], rollout.values)
+    told = ["objective/kl_diagnosis" in trained.update(other, [0.0] * 64) for _ in range(12)]
+    assert told == [True, *[False] * 9, True, False] and len(passes) == 2
+
+
 def test_chance_is_told_as_chance() -> None:
     """Of the policy's own responses, two at a time, a few pairs happen to be alike and unlikely."""
     whole = trainer(batch_size=400)
@@ -274,6 +285,7 @@ def test_chance_is_told_as_chance() -> None:
     trained = trainer(batch_size=2, mini_batch_size=2, learning_rate=1e-12, cliprange=1e-9, vf_coef=0.0)
     found = []
     for row in range(0, 400, 2):
+        trained.next_diagnosis = 0
         pair = (column[row : row + 2] for column in vars(rollout).values() if column is not None)
         found.append(trained.update(Rollout(*pair), [0.0, 0.0]).get("objective/kl_diagnosis", ""))
     told = [text for text in found if text]

@@ -19,6 +19,8 @@ NEGLIGIBLE = 0.05
 """Nats per response below which nothing is worth a word."""
 LOOKED_AT = 64
 """Responses that are gone through once more for the diagnosis."""
+PAUSE = 10
+"""PPO steps from one diagnosis to the next: it costs a second pass, and a cause that stays would be told in each."""
 DIFFERENT = 0.02
 """Nats by which two passes of one model may differ per token, on average."""
 

@@ -50,11 +50,9 @@ BLOCK = 32, 96 if AVX512 else 768
 MANY = 16
 """Fewer tokens times a weight take MKL as long as that many, but for a single one."""
 COLUMNS = 32
-"""Tokens up to which, from ``MANY`` on, a large weight times them is the faster product whichever way they lie."""
+"""Tokens up to which a large weight times them is the faster product whichever way they lie: by oneDNN from two on."""
 COLUMNS_OF_LARGER = 96 if FAMILY >= ZEN5 else COLUMNS
 """The same for weights of ``LARGER``."""
-SPARE = 3 if FAMILY >= ZEN5 else 12
-"""Of so many tokens as are columns for oneDNN, how many at most are missing to a multiple of ``MANY``."""
 EVEN = {4: 16, 16: 128, 32: sys.maxsize}
 """Of what rows are a multiple for oneDNN, and up to how many."""
 BY_BLOCKS = 15 if AVX512 else 128
@@ -157,9 +155,9 @@ def _are_few(weight: Tensor, tokens: int) -> bool:
 
 def _are_columns(weight: Tensor, tokens: int) -> bool:
     """Whether so few tokens are columns for a large weight also where states lie token by token."""
-    fit = -tokens % MANY <= SPARE if BY_ONEDNN else MANY <= tokens
+    fewest = 2 if BY_ONEDNN else MANY
     most = COLUMNS_OF_LARGER if weight.numel() >= LARGER else COLUMNS
-    return BY_TOKEN and fit and tokens <= most and weight.numel() >= LEAST_WEIGHTS
+    return BY_TOKEN and fewest <= tokens <= most and weight.numel() >= LEAST_WEIGHTS
 
 
 # 3. Products of states and weights

@@ -16,7 +16,7 @@ from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.devices import Device, find_device
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.advantages import advantages_and_returns, kl_penalty, token_rewards
-from rlhf_ppo.ppo.diagnosis import diagnose_negative_kl
+from rlhf_ppo.ppo.diagnosis import PAUSE, diagnose_negative_kl
 from rlhf_ppo.ppo.experience import (
     Experience,
     Score,
@@ -131,7 +131,7 @@ class PPOTrainer:
         self.moments = RunningMoments()
         # In the same state on all processes; of what is drawn each takes its own rows.
         self.sampling_generator = torch.Generator().manual_seed(config.seed)
-        self.steps_done = 0
+        self.steps_done = self.next_diagnosis = 0
         self.current: Update | None = None
         self.last_update: Update | None = None
 
@@ -259,10 +259,12 @@ class PPOTrainer:
         kls = self._kl(experience.logprobs, experience.ref_logprobs, columns, self.controller_kl)
         kl = float(masked_sum(kls, mask)) / len(totals)
         update = Update(experience, self.sampling.temperature, shaped, raw_scores, kl)
-        with self.accelerator.autocast():
-            note = diagnose_negative_kl(self.policy.pretrained_model, experience, self.sampling, self.padding)
-        if note:
-            update.extra["objective/kl_diagnosis"] = note
+        if self.steps_done >= self.next_diagnosis:
+            with self.accelerator.autocast():
+                note = diagnose_negative_kl(self.policy.pretrained_model, experience, self.sampling, self.padding)
+            if note:
+                update.extra["objective/kl_diagnosis"] = note
+                self.next_diagnosis = self.steps_done + PAUSE
         clock.lap("time/ppo/compute_advantages")
         update.extra |= clock.times
         return update
