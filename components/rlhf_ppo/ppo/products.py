@@ -50,7 +50,7 @@ BLOCK = 32, 96 if AVX512 else 768
 MANY = 16
 """Fewer tokens times a weight take MKL as long as that many, but for a single one."""
 COLUMNS = 32
-"""Tokens up to which a large weight times them is the faster product whichever way they lie: by oneDNN from two on."""
+"""Tokens up to which, by MKL from ``MANY`` on, a large weight times them is the faster product however they lie."""
 COLUMNS_OF_LARGER = 96 if FAMILY >= ZEN5 else COLUMNS
 """The same for weights of ``LARGER``."""
 EVEN = {4: 16, 16: 128, 32: sys.maxsize}
