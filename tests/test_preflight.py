@@ -75,11 +75,11 @@ def test_cache_logits_and_activations_by_hand(reference: Path) -> None:
     needs = estimate(settings(), reference)
     # Two layers, two heads of 8 for keys and for values, 24 tokens, 4 rows; 1024 rows of 64 logits, three times.
     assert needs.rollout == 2 * 2 * 2 * 8 * 24 * 4 * 4 + 1024 * 64 * 4 * 3
-    # 68 bytes in fp32 for two layers of 32 units, 2 rows of 24 tokens; 8 tokens' logits and their gradient.
+    # 68 bytes in fp32 for two layers of 32 units, 2 rows of 24 tokens; 8 tokens' logits and their softmax.
     assert needs.update == 68 * 2 * 32 * 2 * 24 + 2 * 8 * 64 * 4 * 2
     assert needs.total == needs.state + max(needs.rollout, needs.update)
     halved = estimate(settings(model_dtype="bfloat16"), reference)
-    assert 2 * halved.state == needs.state
+    assert 2 * halved.state == needs.state and 2 * halved.update == needs.update
 
 
 def test_it_says_what_there_is_and_what_is_needed(reference: Path) -> None:

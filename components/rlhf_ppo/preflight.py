@@ -224,10 +224,10 @@ def _rollout(config: dict[str, Any], rows: int, length: int, size: int) -> int:
 
 
 def _update(config: dict[str, Any], rows: int, length: int, response: int, size: int) -> int:
-    """What a minibatch's forward pass keeps, and its responses' logits with their gradient."""
+    """What a minibatch's forward pass keeps, and its responses' logits with their softmax, as precise as the model."""
     hidden = _of(config, "hidden_size", "n_embd", "d_model")
     kept = ACTIVATIONS * size // 2 * _layers(config) * rows * length * hidden
-    return kept + rows * response * _of(config, "vocab_size") * 4 * 2
+    return kept + rows * response * _of(config, "vocab_size") * size * 2
 
 
 def _layers(config: dict[str, Any]) -> int:
