@@ -16,7 +16,7 @@ import yaml
 
 from kfp_server import Kfp
 from test_docs import blocks_of
-from test_manifests import Applied, applied, build, content  # noqa: F401
+from test_manifests import Applied, applied, assert_restricted, build, content  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 PAGE = "docs/cluster.md"
@@ -150,7 +150,7 @@ def test_a_real_server_takes_what_the_page_applies_and_a_second_time_changes_not
 ) -> None:
     lines = [line.replace(" kubeflow", f" {applied.namespace}") for line in commands() if line.startswith("kubectl")]
     lines = [line for line in lines if "port-forward" not in line and " wait " not in line]
-    assert [line.split()[1] for line in lines] == ["-n", "apply", "-n", "apply"]
+    assert [line.split()[1] for line in lines] == ["-n", "apply", "-n", "apply", "-n"]
     (fork / "token-file").write_text("no token")
     for directory in ("deploy", "manifests/mlflow/base"):
         path = fork / directory / "kustomization.yaml"
@@ -162,6 +162,25 @@ def test_a_real_server_takes_what_the_page_applies_and_a_second_time_changes_not
     assert {key: content(each) for key, each in second.items()} == {key: content(each) for key, each in first.items()}
     assert applied.kubectl("get", "secret", "hf-token", "-o", "jsonpath={.data.HF_TOKEN}") == "bm8gdG9rZW4="
     assert "rlhf-ppo" in applied.kubectl("get", "pvc", "-o", "name")
+    assert "rlhf-ppo-volume" in applied.kubectl("get", "jobs", "-o", "name")
+
+
+def test_the_volume_s_job_opens_the_pipeline_s_volume_for_the_images_group(fork: Path) -> None:
+    from rlhf_ppo.volume import VOLUME_PATH
+
+    pod = yaml.safe_load((fork / "deploy/volume-job.yaml").read_text())["spec"]["template"]["spec"]
+    claim = yaml.safe_load((fork / "deploy/volume.yaml").read_text())["metadata"]["name"]
+    assert_restricted(pod)
+    (volume,), (container,) = pod["volumes"], pod["containers"]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim
+    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": VOLUME_PATH}]
+    assert container["command"] == ["test", "-w", VOLUME_PATH]
+    for image in ("cpu", "gpu", "gaudi"):
+        made = re.search(r"useradd --uid (\d+) --gid (\d+)", (ROOT / "images" / image / "Dockerfile").read_text())
+        assert made is not None
+        security = pod["securityContext"]
+        assert [security[name] for name in ("runAsUser", "runAsGroup")] == [int(each) for each in made.groups()]
+        assert security["fsGroup"] == security["runAsGroup"]
 
 
 APPLIER = """

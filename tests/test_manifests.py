@@ -300,6 +300,13 @@ def test_a_quota_holds_one_run_on_all_its_nodes_and_no_second_one(pool: str) -> 
 def test_a_pod_keeps_to_the_restricted_pod_security_standard(name: str, kind: str) -> None:
     (workload,) = of_kind(name, kind)
     pod = pod_of(workload)["spec"]
+    assert_restricted(pod)
+    (container,) = pod["containers"]
+    assert "emptyDir" in next(each for each in pod["volumes"] if each["name"] == "tmp")
+    assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
+
+
+def assert_restricted(pod: dict[str, Any]) -> None:
     assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & set(pod)
     allowed = {"configMap", "projected", "emptyDir", "persistentVolumeClaim"}
     assert all(set(volume) - {"name"} <= allowed for volume in pod["volumes"])
@@ -312,8 +319,6 @@ def test_a_pod_keeps_to_the_restricted_pod_security_standard(name: str, kind: st
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert "emptyDir" in next(each for each in pod["volumes"] if each["name"] == "tmp")
-    assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
     assert all({"cpu", "memory"} == set(container["resources"][kind]) for kind in ("requests", "limits"))
     assert not any("hostPort" in port for port in container.get("ports", []))
 
