@@ -61,7 +61,8 @@ class CheckpointStore:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"checkpoint_dir: {directory} can't be made ({error}): name a directory that this step may write to"
+                f"checkpoint_dir: {directory} can't be made ({error}): name a directory that user {os.getuid()} or "
+                f"group {os.getgid()} may write to, or let them write to this one"
             ) from error
         for left_over in (*directory.glob("*.unfinished"), *directory.glob("*.parts")):
             shutil.rmtree(left_over, ignore_errors=True)
