@@ -70,7 +70,7 @@ def is_killed_in_the_second_once(prompts, responses):
     global calls
     calls += 1
     if os.environ.get("RANK") == "1" and calls == 5 and not pathlib.Path("killed").exists():
-        while not [*pathlib.Path("checkpoints").glob("*/step-*-000000")]:
+        while not [*pathlib.Path(os.environ["RLHF_PPO_CHECKPOINTS"]).glob("*/step-*-000000")]:
             time.sleep(0.01)
         pathlib.Path("killed").touch()
         print("about to run out of memory", flush=True)
