@@ -69,9 +69,9 @@ def is_killed_in_the_second(prompts, responses):
 def is_killed_in_the_second_once(prompts, responses):
     global calls
     calls += 1
-    if os.environ.get("RANK") == "1" and calls == 5 and not pathlib.Path("killed").exists():
-        while not [*pathlib.Path(os.environ["RLHF_PPO_CHECKPOINTS"]).glob("*/step-*-000000")]:
-            time.sleep(0.01)
+    here = pathlib.Path(os.environ["RLHF_PPO_CHECKPOINTS"])
+    later = [path for path in here.glob("*/step-*-000000") if path.name > "step-00000002"]
+    if os.environ.get("RANK") == "1" and calls >= 5 and later and not pathlib.Path("killed").exists():
         pathlib.Path("killed").touch()
         print("about to run out of memory", flush=True)
         os.kill(os.getpid(), 9)
