@@ -229,7 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(400, "a recurring run needs a namespace")
         if not 1 <= int(body.get("max_concurrency") or 0) <= 10:
             raise Refused(400, "Max concurrency of a recurring run must be at least 1 and at most 10")
-        if not re.fullmatch(r"(TZ=\S+ )?(\S+ ){4,5}\S+", body["trigger"]["cron_schedule"]["cron"]):
+        # robfig/cron v1, which knows no time zone in front.
+        if not re.fullmatch(r"([^\s=]+ ){4,5}[^\s=]+", body["trigger"]["cron_schedule"]["cron"]):
             raise Refused(400, "Schedule cron is not a supported format")
         self._check_source(body)
         status = {"ENABLE": "ENABLED", "DISABLE": "DISABLED"}[body["mode"]]

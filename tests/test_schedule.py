@@ -124,11 +124,11 @@ def test_a_cron_that_kfp_refuses_or_misreads_is_refused(cron: str, words: str) -
     ("entries", "words"),
     [
         ([entry(cron="0 2 * * *")], "schedule nightly: cron='0 2 * * *' has 5 fields"),
-        ([entry(time_zone="Berlin")], "schedule nightly: time_zone='Berlin' is none: give a name like UTC or"),
+        ([entry(time_zone="Europe/Berlin")], "schedule nightly: time_zone is no field of a schedule: KFP reads every"),
         ([entry(concurrency=11)], "concurrency=11 is not within 1 and 10"),
         ([entry(concurrency=True)], "concurrency=True is no int"),
         ([entry(enabled="yes")], "enabled='yes' is no bool"),
-        ([entry(when="now")], "when is no field of a schedule; there are: name, cron, time_zone"),
+        ([entry(when="now")], "when is no field of a schedule; there are: name, cron, enabled"),
         ([{"cron": "0 0 2 * * *"}], "schedule 1: name is missing"),
         (["nightly"], "schedule 1: 'nightly' is no mapping"),
         ([entry(name=" ")], "name=' ' is none"),
@@ -179,15 +179,14 @@ def test_a_recurring_run_is_made_as_declared(kfp: Kfp, tmp_path: Path) -> None:
     version = kfp.upload("rlhf-ppo", "v2", SPEC)
     path = write(
         tmp_path / "s.yaml",
-        entry(time_zone="Europe/Berlin", service_account="runner"),
+        entry(cron="0  0 2 * * *", service_account="runner"),
         entry("weekly", version="v2", enabled=False, concurrency=3, experiment="mine"),
     )
     done = cli(kfp, path, "--yes")
     assert done.returncode == 0, done.stderr
     nightly, weekly = kfp.recurring.values()
     (pipeline,) = kfp.pipelines
-    assert nightly["trigger"] == {"cron_schedule": {"cron": "TZ=Europe/Berlin 0 0 2 * * *"}}
-    assert weekly["trigger"] == {"cron_schedule": {"cron": "TZ=UTC 0 0 2 * * *"}}, "whatever zone KFP is set to"
+    assert nightly["trigger"] == weekly["trigger"] == {"cron_schedule": {"cron": "0 0 2 * * *"}}
     assert nightly["pipeline_version_reference"] == {"pipeline_id": pipeline}, "the latest, as of each run"
     assert weekly["pipeline_version_reference"] == {"pipeline_id": pipeline, "pipeline_version_id": version}
     assert [each["status"] for each in (nightly, weekly)] == ["ENABLED", "DISABLED"]
@@ -198,15 +197,15 @@ def test_a_recurring_run_is_made_as_declared(kfp: Kfp, tmp_path: Path) -> None:
     names = [kfp.experiments[each["experiment_id"]]["display_name"] for each in (nightly, weekly)]
     assert names == ["rlhf-ppo", "mine"]
     assert done.stdout.splitlines()[:2] == [
-        "create   nightly: TZ=Europe/Berlin 0 0 2 * * *, rlhf-ppo latest",
-        "create   weekly: TZ=UTC 0 0 2 * * *, rlhf-ppo v2, switched off",
+        "create   nightly: 0 0 2 * * *, rlhf-ppo latest",
+        "create   weekly: 0 0 2 * * *, rlhf-ppo v2, switched off",
     ]
 
 
 def test_a_second_time_changes_nothing(kfp: Kfp, tmp_path: Path) -> None:
     kfp.upload("rlhf-ppo", "v2", SPEC)
     path = write(
-        tmp_path / "s.yaml", entry(version="v1"), entry("off", enabled=False), entry("x", time_zone="Asia/Tokyo")
+        tmp_path / "s.yaml", entry(version="v1"), entry("off", enabled=False), entry("x", cron="0 0 0 * * mon")
     )
     assert cli(kfp, path, "--yes").returncode == 0
     before, kfp.asked = dict(kfp.recurring), []
@@ -224,7 +223,7 @@ def test_nothing_is_changed_unless_that_is_wanted(kfp: Kfp, tmp_path: Path) -> N
     shown = cli(kfp, path, "--dry-run")
     asked = cli(kfp, path)
     assert (shown.returncode, asked.returncode) == (0, 2) and "add --yes" in asked.stderr
-    assert shown.stdout == asked.stdout == "create   nightly: TZ=UTC 0 0 2 * * *, rlhf-ppo latest\n"
+    assert shown.stdout == asked.stdout == "create   nightly: 0 0 2 * * *, rlhf-ppo latest\n"
     assert changing(kfp.asked) == [] and not kfp.recurring and not kfp.experiments
 
 
@@ -233,14 +232,14 @@ def test_a_changed_schedule_takes_the_old_one_s_place_and_says_what_differs(kfp:
     path = write(tmp_path / "s.yaml", entry(cron="0 0 3 * * *", concurrency=2, parameters={**GIVEN, "seed": 4}))
     done = cli(kfp, path, "--yes")
     assert done.stdout.splitlines()[0] == (
-        'replace  nightly: cron "TZ=UTC 0 0 2 * * *" → "TZ=UTC 0 0 3 * * *", concurrency "1" → "2", seed null → 4'
+        'replace  nightly: cron "0 0 2 * * *" → "0 0 3 * * *", concurrency "1" → "2", seed null → 4'
     )
     (found,) = kfp.recurring.values()
-    assert (found["trigger"]["cron_schedule"]["cron"], found["status"]) == ("TZ=UTC 0 0 3 * * *", "ENABLED")
+    assert (found["trigger"]["cron_schedule"]["cron"], found["status"]) == ("0 0 3 * * *", "ENABLED")
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": "v1"}, {"service_account": "a"}, {"experiment": "e"}, {"time_zone": "Asia/Tokyo"}]
+    "change", [{"version": "v1"}, {"service_account": "a"}, {"experiment": "e"}, {"cron": "0 0 3 * * *"}]
 )
 def test_whatever_differs_is_seen(kfp: Kfp, change: dict[str, Any]) -> None:
     apply(kfp, schedule())

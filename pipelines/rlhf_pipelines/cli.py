@@ -57,8 +57,7 @@ example of FILE:
   owner: team-a
   schedules:
     - name: nightly
-      cron: "0 0 2 * * *"           # six fields, seconds first
-      time_zone: Europe/Berlin      # default: UTC
+      cron: "0 0 2 * * *"           # six fields, seconds first; in KFP's time zone, UTC unless it was set
       version: latest               # or a version's name; default: latest, as of each run
       enabled: true                 # default: true
       concurrency: 1                # runs at the same time, 1 to 10; default: 1
