@@ -39,6 +39,8 @@ class Server(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.job: dict[str, Any] | None = None
         self.version = 7
+        # What the CRD lacks, of a TrainJob's spec
+        self.unknown: set[str] = set()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -65,6 +67,9 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == "create":
             server.job = server.job or {**json.loads(body), "status": {}}
             server.job["metadata"] |= {"uid": "u", "resourceVersion": "3"}
+            server.job["spec"] = {
+                name: value for name, value in server.job["spec"].items() if name not in server.unknown
+            }
             self._send(201, server.job)
         elif kind == "list":
             items = [server.job] if server.job else []
@@ -270,6 +275,13 @@ def test_the_spec_is_what_kubeflow_trainer_reads() -> None:
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "claim"}
     assert pod["containers"][0]["volumeMounts"][0] == {"name": "rlhf-ppo", "mountPath": "/mnt"}
     assert "resourcesPerNode" not in make()["spec"]["trainer"]
+
+
+def test_a_kubeflow_trainer_before_2_2_is_named_and_nothing_stays(server: Server) -> None:
+    server.unknown = {"runtimePatches"}
+    with pytest.raises(ClusterError, match="knows no runtimePatches: node_count needs Kubeflow Trainer 2.2 or later"):
+        begin()
+    assert server.asked[-1] == "delete"
 
 
 def test_outside_a_cluster_node_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

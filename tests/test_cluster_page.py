@@ -28,8 +28,8 @@ def fork(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fork")
     shutil.copytree(ROOT / "manifests", root / "manifests")
     for block in blocks_of(PAGE, "yaml"):
-        (name,) = re.findall(r"^# (deploy/[\w.-]+)", block)
-        (root / name).parent.mkdir(exist_ok=True)
+        (name,) = re.findall(r"^# (deploy/[\w./-]+\w)", block)
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
         (root / name).write_text(block)
     run(root, "\n".join(line for line in commands() if line.startswith("rlhf-ppo compile")))
     return root
@@ -86,17 +86,19 @@ def test_the_python_of_the_page_starts_a_run_and_compiles_a_dag(
     monkeypatch.chdir(fork)
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", kfp.url)
     start, own = blocks_of(PAGE, "python")
+    (compiled,) = re.findall(r"`(rlhf-ppo compile -o ppo.yaml .*)`", (ROOT / PAGE).read_text())
+    run(fork, compiled)
     exec(start, {})
     (started,) = kfp.runs.values()
     parameters = yaml.safe_load((fork / "deploy/parameters.yaml").read_text())
     assert started["runtime_config"]["parameters"] == parameters and started["service_account"] == "rlhf-ppo-runner"
-    run(fork, "rlhf-ppo compile -o ppo.yaml --image registry.example/rlhf-ppo/cpu:0.1.0 --volume rlhf-ppo")
-    call = "create_run_from_pipeline_func(\n    ppo_pipeline,"
-    assert call in start
-    exec(start.replace(call, 'create_run_from_pipeline_package(\n    "ppo.yaml",'), {})
-    _, packaged = kfp.runs.values()
-    assert packaged["runtime_config"] == started["runtime_config"]
-    assert "registry.example/rlhf-ppo/cpu:0.1.0" in str(packaged["pipeline_spec"])
+    assert "registry.example/rlhf-ppo/cpu:0.1.0" in str(started["pipeline_spec"])
+    package = 'create_run_from_pipeline_package(\n    "ppo.yaml",'
+    assert package in start
+    imported = "from rlhf_pipelines import ppo_pipeline\n"
+    exec(imported + start.replace(package, "create_run_from_pipeline_func(\n    ppo_pipeline,"), {})
+    _, installed = kfp.runs.values()
+    assert installed["runtime_config"] == started["runtime_config"]
     script = fork / "mine.py"
     script.write_text(own)
     assert subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=fork).returncode == 0
@@ -152,7 +154,7 @@ def test_a_real_server_takes_what_the_page_applies_and_a_second_time_changes_not
     lines = [line for line in lines if "port-forward" not in line and " wait " not in line]
     assert [line.split()[1] for line in lines] == ["-n", "apply", "-n", "apply", "-n"]
     (fork / "token-file").write_text("no token")
-    for directory in ("deploy", "manifests/mlflow/base"):
+    for directory in ("deploy", "deploy/mlflow", "manifests/mlflow/base"):
         path = fork / directory / "kustomization.yaml"
         path.write_text(path.read_text().replace("namespace: kubeflow", f"namespace: {applied.namespace}"))
     run(fork, "\n".join(lines))

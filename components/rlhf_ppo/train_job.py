@@ -188,9 +188,16 @@ class TrainJobs:
                 return made, False
 
     def _create(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """The new job; None where there is one of this name."""
+        """The new job; None where there is one of this name. Raises ClusterError where Kubeflow Trainer is too old."""
         create, doing = self._objects.create_namespaced_custom_object, f"create TrainJob {self.name}"
         made: dict[str, Any] | None = self.cluster.ask(doing, create, *self._all, make(), unless=(409,))
+        # What its CRD doesn't know the API server leaves out and says nothing: pods without the volume.
+        if made is not None and not made["spec"].get("runtimePatches"):
+            self.delete()
+            raise ClusterError(
+                f"TrainJob {self.name}: this cluster's Kubeflow Trainer knows no runtimePatches: node_count needs "
+                "Kubeflow Trainer 2.2 or later"
+            )
         return made
 
     def _own(self) -> bool:
