@@ -183,6 +183,18 @@ def test_no_prompt_is_in_both_splits_and_new_rows_move_no_old_one(tokenizer: Pat
     assert 15 <= len(after["validation"]) <= 50
 
 
+def test_prompts_that_the_tokenizer_reads_alike_are_one_and_never_in_both_splits(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    spaced = [{"prompt": text} for row in ROWS for text in (row["prompt"], row["prompt"].replace(" ", "  ") + "\n")]
+    counts = prepare(jsonl(tmp_path / "r.jsonl", spaced), tokenizer)["counts"]
+    assert (counts["read"], counts["duplicate"], counts["too_long"]) == (600, 300, 0)
+    read = [tuple(row["input_ids"]) for name in ("train", "validation") for row in split(tokenizer, name)]
+    assert len(read) == len(set(read)) == 300
+    texts = {row["prompt"] for name in ("train", "validation") for row in split(tokenizer, name)}
+    assert texts == {row["prompt"] for row in ROWS}, "the first of them stays"
+
+
 def test_the_first_n_distinct_prompts_are_taken_in_their_order(tokenizer: Path, tmp_path: Path) -> None:
     rows = [ROWS[9], ROWS[9], {"prompt": ""}, *ROWS]
     manifest = prepare(jsonl(tmp_path / "r.jsonl", rows), tokenizer, data_max_prompts=50)

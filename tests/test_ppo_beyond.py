@@ -124,6 +124,15 @@ def test_a_missing_end_costs_the_last_token_where_tokens_have_their_own_scores()
     assert mine.tolist() == [1.0, 0.0, 2.0], "what the caller gave stays as it was"
 
 
+def test_the_last_own_token_pays_for_a_missing_end_and_earns_the_score_of_the_response() -> None:
+    answers, masks = [torch.tensor([5, 6, 7, 8])] * 8, [torch.tensor([True, True, True, False])] * 8
+    trained = trainer(init_kl_coef=0.0, beyond={"missing_eos_penalty": 4.0})
+    trained.step(ASKED, answers, [[1.0, 0.0, 2.0, 0.0], *[3.0] * 7], masks)
+    assert trained.last_update is not None
+    rewards = trained.last_update.experience.rewards
+    assert rewards[0].tolist() == [1.0, 0.0, -2.0, 0.0] and rewards[1].tolist() == [0.0, 0.0, -1.0, 0.0]
+
+
 def test_a_penalty_for_a_missing_end_needs_a_model_that_can_end() -> None:
     with pytest.raises(InputError, match="ppo_missing_eos_penalty=1.0.*eos_token_id"):
         trainer(beyond={"missing_eos_penalty": 1.0, "sampling": Sampling(4)})
@@ -223,6 +232,15 @@ def test_a_batch_without_any_own_token_changes_nothing() -> None:
     assert_equal(before, weights(trained))
 
 
+def test_a_minibatch_without_any_own_token_moves_nothing_by_adams_momentum_unlike_trl() -> None:
+    trained, none = trainer(mini_batch_size=1, ppo_epochs=1), torch.zeros(2, dtype=torch.bool)
+    trained.step(ASKED, [torch.tensor([5, 6])] * 8, SCORES)
+    before = weights(trained)
+    stats = trained.step(ASKED, [torch.tensor([5, 6])] * 8, SCORES, [none] * 8)
+    assert_equal(before, weights(trained))
+    assert stats["ppo/policy/skipped_minibatches"] == 8
+
+
 # Diagnosis
 
 
@@ -276,6 +294,9 @@ def test_a_cause_that_stays_is_told_in_every_tenth_step(monkeypatch: pytest.Monk
     other = Rollout(rollout.queries, rollout.responses, [row - 1 for row in rollout.logprobs], rollout.values)
     told = ["objective/kl_diagnosis" in trained.update(other, [0.0] * 64) for _ in range(12)]
     assert told == [True, *[False] * 9, True, False] and len(passes) == 2
+    resumed = trainer(batch_size=64, learning_rate=1e-12)
+    resumed.load_state_dict(trained.state_dict())
+    assert "objective/kl_diagnosis" not in resumed.update(other, [0.0] * 64), "nor sooner after a resume"
 
 
 def test_chance_is_told_as_chance() -> None:
@@ -291,6 +312,13 @@ def test_chance_is_told_as_chance() -> None:
     told = [text for text in found if text]
     assert 0 < len(told) < 20
     assert sum("this is chance" in text for text in told) > len(told) / 2
+
+
+def test_a_rollout_of_another_temperature_than_the_updates_is_refused() -> None:
+    trained = trainer()
+    with pytest.raises(InputError, match="temperature=0.5 is not the trainer's, 1, with which the update goes on"):
+        trained.rollout(ASKED, Sampling(4, 0.5))
+    assert len(trained.generate(ASKED, Sampling(4, 0.5))) == 8
 
 
 def test_a_kl_that_is_not_negative_needs_no_diagnosis() -> None:

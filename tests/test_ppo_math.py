@@ -68,6 +68,18 @@ def test_one_single_score_has_a_finite_deviation_where_trl_has_none() -> None:
     assert moments.std == 1.0
 
 
+def test_equal_scores_so_far_are_not_scaled_where_trl_multiplies_them_by_eight_million() -> None:
+    moments = RunningMoments()
+    for scores in ([1.0] * 8, [1.0] * 4):
+        shaped, factor = shape_scores(tensor(scores), moments, scaling=True, center=False, clip=None)
+        assert factor == pytest.approx(1) and shaped.tolist() == pytest.approx(scores)
+    rounded = RunningMoments()
+    rounded.update(tensor([0.1] * 7))
+    assert rounded.std == 1.0
+    rounded.update(tensor([0.2]))
+    assert rounded.std == pytest.approx(0.0353553, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("scaling", "center", "clip", "mean", "std"),
     [

@@ -6,6 +6,7 @@ import hashlib
 import json
 import statistics
 import tempfile
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,23 +149,33 @@ def _is_chat(value: Any) -> bool:
 def _within(
     texts: list[str], numbers: list[int], tokenizer: Any, data: DataSettings, longest: int, counts: dict[str, int]
 ) -> pa.Table:
-    """A table of the texts of no more than ``longest`` tokens: prompt, input_ids, and the number of the row."""
+    """A table of the texts of no more than ``longest`` tokens: prompt, input_ids, and the number of the row.
+
+    Texts that the tokenizer reads alike (it may fold case or spaces) are one prompt, the first of them.
+    """
     import pyarrow as pa
 
     kinds = {"prompt": pa.string(), "input_ids": pa.list_(pa.int64()), "row": pa.int64()}
     parts = [pa.table({name: pa.array([], kind) for name, kind in kinds.items()})]
+    known: set[bytes] = set()
+    counts["too_long"] = 0
     for start in range(0, len(texts), BATCH):
         batch = texts[start : start + BATCH]
         # A chat template writes the special tokens itself.
         ids = tokenizer(batch, add_special_tokens=not data.data_chat_template, verbose=False)["input_ids"]
         fits = [0 < len(tokens) <= longest for tokens in ids]
+        counts["too_long"] += fits.count(False)
+        for place, tokens in enumerate(ids):
+            digest = hashlib.sha256(array("q", tokens).tobytes()).digest()
+            if fits[place] and digest in known:
+                fits[place] = False
+                counts["duplicate"] += 1
+            known.add(digest)
         columns = {"prompt": batch, "input_ids": ids, "row": numbers[start : start + BATCH]}
         parts.append(
             pa.table({name: pa.array(columns[name], kind) for name, kind in kinds.items()}).filter(pa.array(fits))
         )
-    table = pa.concat_tables(parts)
-    counts["too_long"] = len(texts) - len(table)
-    return table
+    return pa.concat_tables(parts)
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:

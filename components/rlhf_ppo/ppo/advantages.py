@@ -40,8 +40,12 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 def on_last_token(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores (batch,) as a table (batch, response): on the last masked token of each row, where there is one."""
     positions = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, positions, -1).amax(1, keepdim=True)
-    return torch.where(positions == last, scores[:, None], 0)
+    return torch.where(positions == last_tokens(mask)[:, None], scores[:, None], 0)
+
+
+def last_tokens(mask: Tensor) -> Tensor:
+    """The place (batch,) of the last masked token of each row of ``mask`` (batch, response); -1 where there is none."""
+    return torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
 
 
 def token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor, kl_coef: float) -> Tensor:

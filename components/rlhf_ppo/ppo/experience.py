@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.ppo.advantages import on_last_token
+from rlhf_ppo.ppo.advantages import last_tokens, on_last_token
 from rlhf_ppo.ppo.kl_control import RunningMoments, shape_scores
 from rlhf_ppo.ppo.rollout import Rollout
 from rlhf_ppo.ppo.tensors import length_mask, pad_rows
@@ -112,11 +112,13 @@ def response_mask(rollout: Rollout, width: int | None = None) -> Tensor:
     return mask & pad_rows([row.bool() for row in rollout.masks], False, width)
 
 
-def split_scores(scores: Sequence[Score], responses: Sequence[Tensor]) -> tuple[list[float], list[Tensor] | None]:
+def split_scores(scores: Sequence[Score], rollout: Rollout) -> tuple[list[float], list[Tensor] | None]:
     """The sum of what each response earned; and, where any score is one per token, what every token earned.
 
-    A number among those is earned by the last token. Raises InputError for a list of another length.
+    A number among those is earned by the last token that is the policy's own. Raises InputError for a list of another
+    length.
     """
+    responses = rollout.responses
     tables = [score if isinstance(score, Tensor) else torch.tensor(score, dtype=torch.float32) for score in scores]
     by_token = [
         table.dim() == 1 and table.numel() != 1 or isinstance(scores[row], list) for row, table in enumerate(tables)
@@ -131,19 +133,24 @@ def split_scores(scores: Sequence[Score], responses: Sequence[Tensor]) -> tuple[
     if not any(by_token):
         return totals, None
     whole = []
-    for table, each, response in zip(tables, by_token, responses, strict=True):
+    last = last_tokens(response_mask(rollout)).tolist()
+    for table, each, response, place in zip(tables, by_token, responses, last, strict=True):
         alone = torch.zeros(len(response))
-        if not each and len(response):
-            alone[-1] = float(table)
+        if not each and place >= 0:
+            alone[place] = float(table)
         whole.append(table.float().cpu().clone() if each else alone)
     return totals, whole
 
 
-def fine(raw_scores: Tensor, by_token: list[Tensor] | None, ended: list[bool], penalty: float) -> Tensor:
-    """``raw_scores`` (batch,) less ``penalty`` where a response has not ended; so are the last of ``by_token``."""
+def fine(raw_scores: Tensor, by_token: list[Tensor] | None, ended: list[bool], mask: Tensor, penalty: float) -> Tensor:
+    """``raw_scores`` (batch,) less ``penalty`` where a response has not ended; so are those ``by_token``.
+
+    There the last token in ``mask`` (batch, response) pays.
+    """
+    last = last_tokens(mask).tolist() if by_token else []
     for row, tokens in enumerate(by_token or []):
-        if not ended[row] and len(tokens):
-            tokens[-1] -= penalty
+        if not ended[row] and last[row] >= 0:
+            tokens[last[row]] -= penalty
     return raw_scores - penalty * ~torch.tensor(ended)
 
 

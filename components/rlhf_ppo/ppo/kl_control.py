@@ -39,8 +39,9 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Unbiased standard deviation of what was seen; 1 before two values were."""
-        return math.sqrt(self.var * self.count / (self.count - 1)) if self.count > 1 else 1.0
+        """Unbiased standard deviation of what was seen; 1 before two values were, and while all are equal in fp32."""
+        found = math.sqrt(self.var * self.count / (self.count - 1)) if self.count > 1 else 0.0
+        return found if found > torch.finfo(torch.float32).eps * abs(self.mean) else 1.0
 
     def update(self, scores: Tensor) -> None:
         """Take in ``scores`` (batch,)."""

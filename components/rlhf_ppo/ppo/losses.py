@@ -43,7 +43,8 @@ def ppo_loss(
     """Clipped policy loss plus ``vf_coef`` times the clipped value loss; all arrays (batch, response).
 
     Schulman et al. 2017, equation 7, as in OpenAI's lm-human-preferences: means are over the masked tokens of the
-    minibatch. ``skip`` is true where the mean ratio exceeds ``ratio_threshold`` or is not finite. With ``reduce`` the
+    minibatch. ``skip`` is true where the mean ratio exceeds ``ratio_threshold`` or is not finite, and where no token is
+    trained: Adam's momentum would move the weights all the same. With ``reduce`` the
     minibatch is spread over processes: statistics and ``skip`` are the same on all of them, and each has its part of
     the gradients.
     """
@@ -85,7 +86,7 @@ def ppo_loss(
     }
     stats = means | _means(squares, mask, tokens - 1, reduce)
     stats["ppo/loss/total"] = stats["ppo/loss/policy"] + vf_coef * stats["ppo/loss/value"]
-    skip = (stats["ppo/policy/ratio_mean"] > ratio_threshold) | ~torch.isfinite(stats["ppo/loss/total"])
+    skip = (stats["ppo/policy/ratio_mean"] > ratio_threshold) | ~torch.isfinite(stats["ppo/loss/total"]) | (tokens == 0)
     # An infinite ratio has infinite gradients: they are replaced, not multiplied by zero.
     left_out, count = skip | ~mask, tokens.clamp(min=1)
     of_logprobs = torch.where(left_out | clipped, 0, losses) / count

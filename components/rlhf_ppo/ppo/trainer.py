@@ -141,7 +141,7 @@ class PPOTrainer:
         self, queries: Sequence[Tensor], sampling: Sampling | None = None, *, return_prompt: bool = False
     ) -> list[Tensor]:
         """Sample a response to each of the 1-D ``queries``; with ``return_prompt`` the query stands before it."""
-        rollout = self.rollout(queries, sampling)
+        rollout = self._rollout(queries, sampling or self.sampling)
         if return_prompt:
             return [torch.cat(pair) for pair in zip(rollout.queries, rollout.responses, strict=True)]
         return rollout.responses
@@ -149,10 +149,19 @@ class PPOTrainer:
     def rollout(self, queries: Sequence[Tensor], sampling: Sampling | None = None, *, batch_size: int = 64) -> Rollout:
         """Sample a response to each of the 1-D ``queries``, with the policy's log-probabilities and values.
 
-        Every process must give equally many; each has its own part of one stream of random numbers.
+        Every process must give equally many; each has its own part of one stream of random numbers. Raises InputError
+        for another temperature than the trainer's: ``update`` would compare with log-probabilities of that.
         """
+        if sampling is not None and sampling.temperature != self.sampling.temperature:
+            raise InputError(
+                f"temperature={sampling.temperature:g} is not the trainer's, {self.sampling.temperature:g}, with which "
+                "the update goes on: give the trainer the sampling, or take generate and step"
+            )
+        return self._rollout(queries, sampling or self.sampling, batch_size)
+
+    def _rollout(self, queries: Sequence[Tensor], sampling: Sampling, batch_size: int = 64) -> Rollout:
         queries = [query.cpu() for query in queries]
-        sampling, here = sampling or self.sampling, self.accelerator.process_index * len(queries)
+        here = self.accelerator.process_index * len(queries)
         uniform = draw(len(queries) * self.accelerator.num_processes, sampling.max_new_tokens, self.sampling_generator)
         critic = self.policy.critic is not None
         with self.accelerator.autocast():
@@ -245,15 +254,15 @@ class PPOTrainer:
     def _begin(self, rollout: Rollout, scores: Sequence[Score]) -> Update:
         clock = Clock()
         columns = self._reference_rows(rollout, full="full" in (self.config.kl_penalty, self.controller_kl))
-        totals, by_token = split_scores(scores, rollout.responses)
+        totals, by_token = split_scores(scores, rollout)
         rollout, columns, totals, by_token = gathered(self.accelerator, rollout, columns, totals, by_token)
         clock.lap("time/ppo/forward_pass")
         raw_scores = torch.tensor(totals)
-        fined = raw_scores
+        fined, mask = raw_scores, response_mask(rollout, self._width)
         if self.missing_eos_penalty:
-            fined = fine(raw_scores, by_token, rollout.ended(self.sampling.eos_token_ids), self.missing_eos_penalty)
+            ended = rollout.ended(self.sampling.eos_token_ids)
+            fined = fine(raw_scores, by_token, ended, mask, self.missing_eos_penalty)
         shaped, factor = shaped_for(self.config, fined, self.moments, by_token is not None)
-        mask = response_mask(rollout, self._width)
         earned = earned_by_token(shaped, factor, by_token, mask)
         experience = self._experience(rollout, mask, earned, columns)
         kls = self._kl(experience.logprobs, experience.ref_logprobs, columns, self.controller_kl)
@@ -368,6 +377,7 @@ class PPOTrainer:
             "sampling_generator": self.sampling_generator.get_state(),
             "order_generator": self.optimization.generator.get_state(),
             "steps_done": self.steps_done,
+            "next_diagnosis": self.next_diagnosis,
             "current": None if self.current is None else self.current.state(),
         }
 
@@ -378,7 +388,7 @@ class PPOTrainer:
         self.moments = RunningMoments(**state["moments"])
         self.sampling_generator.set_state(state["sampling_generator"])
         self.optimization.generator.set_state(state["order_generator"])
-        self.steps_done = state["steps_done"]
+        self.steps_done, self.next_diagnosis = state["steps_done"], state.get("next_diagnosis", 0)
         current = state["current"]
         self.current = None if current is None else Update.from_state(current, self.device)
 
