@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from fakes import gaudi
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.devices import Cuda, Device, Hpu, Memory, find_device
 from rlhf_ppo.errors import InputError
+from rlhf_ppo.parameters import decode, defaults
+from rlhf_ppo.policy_evaluation.responses import _as_in_training
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Sampling
 from rlhf_ppo.ppo.models import ValueHead
 from rlhf_ppo.ppo.randomness import random_state, set_random_state
@@ -271,6 +274,68 @@ def test_values_are_fp32_where_the_model_computes_in_bf16() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, cut = head(hidden), head.summary(hidden).squeeze(-1).float()
     assert torch.equal(found, expected) and not torch.allclose(cut, expected, atol=1e-4)
+
+
+def test_a_process_touches_no_card_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name in ("set_device", "synchronize", "get_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: calls.append(f"{name} {device}"))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: calls.append(f"set_rng_state {device}"))
+    monkeypatch.setattr(torch, "zeros", lambda size, device: calls.append(f"zeros {device}"))
+    card = Cuda()
+    card.acquire()
+    assert calls == ["set_device cuda:3", "zeros cuda:3", "synchronize cuda:3"]
+    assert len(card.random_states()) == 1
+    card.set_random_states([torch.ones(1)])
+    assert calls[3:] == ["get_rng_state cuda:3", "set_rng_state cuda:3"]
+
+
+def test_attention_that_plans_for_each_new_shape_is_off_on_nvidia_gpus() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    Cuda()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_processes_wait_for_each_other_longer_than_nccl_does() -> None:
+    accelerator = make_accelerator(PPOConfig(batch_size=2, mini_batch_size=1), Device())
+    assert accelerator.init_handler.timeout == timedelta(hours=2)
+
+
+@pytest.mark.parametrize(
+    ("backend", "processes", "failed", "ends"),
+    [
+        ("nccl", 2, True, False),
+        ("nccl", 2, False, True),
+        ("nccl", 1, True, True),
+        ("gloo", 2, True, True),
+    ],
+)
+def test_a_failed_process_does_not_wait_for_the_others_where_a_connection_ends_with_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, backend: str, processes: int, failed: bool, ends: bool
+) -> None:
+    config = PPOConfig(batch_size=2, mini_batch_size=1)
+    trained = PPOTrainer(config, PolicyWithValueHead(llama(0)), llama(1), word_tokenizer())
+    ended: list[bool] = []
+    monkeypatch.setattr(type(trained.accelerator), "num_processes", property(lambda _: processes))
+    monkeypatch.setattr(trained.accelerator, "end_training", lambda: ended.append(True))
+    monkeypatch.setattr(trained.on, "backend", backend, raising=False)
+    trained.close(failed=failed)
+    assert bool(ended) is ends
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "bf16"),
+    [({}, "hpu", True), ({"mixed_precision": "no"}, "hpu", False), ({"mixed_precision": "bf16"}, "cpu", False)],
+)
+def test_a_card_evaluates_in_the_precision_that_it_trains_in(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], kind: str, bf16: bool
+) -> None:
+    gaudi.install(monkeypatch)
+    named = {"model_name": "m", "query_dataset": "q", "reward_model": "r"}
+    settings = decode({**defaults(), **named, "accelerator_kwargs": given})
+    on = Hpu(torch.device("hpu")) if kind == "hpu" else Device()
+    assert _as_in_training(settings, on)._enabled is bf16
 
 
 def test_the_cache_of_an_nvidia_gpu_is_given_back_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:

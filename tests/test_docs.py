@@ -196,7 +196,7 @@ class Sizes:
 
     def needs(self, spread: int = 1, **given: Any) -> preflight.Needs:
         names = {"model_name": "m", "query_dataset": "d", "reward_model": "m:r"}
-        return preflight.estimate(decode({**defaults(), **names, **given}), self.directory, spread)
+        return preflight.estimate(decode({**defaults(), **names, **given}), self.directory, spread, True)
 
 
 def gib(size: float) -> str:

@@ -91,6 +91,21 @@ def test_a_packed_sequence_never_sees_its_neighbours(name: str) -> None:
         assert torch.allclose(one[row], two[row], atol=1e-6)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_rounding_that_is_allowed_is_that_of_what_a_model_computes_in(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    said = packing_module._said
+
+    def off_by_a_hundredth(output: Any) -> Tensor:
+        found = said(output)
+        return found * 1.01 if len(found) == 9 else found  # all three sequences
+
+    monkeypatch.setattr(packing_module, "_said", off_by_a_hundredth)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        assert packs(llama(0)) is bf16
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_model_that_is_special_takes_the_plain_path(name: str) -> None:
     model, (queries, responses) = PLAIN[name](), ragged()

@@ -82,6 +82,15 @@ def test_cache_logits_and_activations_by_hand(reference: Path) -> None:
     assert 2 * halved.state == needs.state and 2 * halved.update == needs.update
 
 
+def test_autocast_s_copies_of_the_weights_that_learn_are_counted(reference: Path) -> None:
+    plain, in_bf16 = (estimate(settings(), reference, 1, each) for each in (False, True))
+    learned = plain.gradients // 4
+    assert in_bf16.update - plain.update == in_bf16.rollout - plain.rollout == 2 * learned
+    for changes in ({"model_dtype": "bfloat16"}, {"model_lora_r": 4}):
+        assert estimate(settings(**changes), reference, 1, True) == estimate(settings(**changes), reference)
+    assert estimate(settings(), reference, 8, True) == estimate(settings(), reference, 8), "layer by layer"
+
+
 def test_it_says_what_there_is_and_what_is_needed(reference: Path) -> None:
     needs = preflight(settings(), reference, Card(Memory(0, 0, 80 * GIB)))
     (event,) = told(reference, "preflight")

@@ -62,6 +62,7 @@ class Device:
     def acquire(self) -> None:
         """Use it once. Raises InputError, with the remedy, where it is held by another process or doesn't answer."""
         try:
+            self.choose()
             torch.zeros(1, device=self.device)
             self.synchronize()
         except RuntimeError as error:
@@ -69,6 +70,9 @@ class Device:
                 f"{self.device} can't be used ({str(error).splitlines()[0]}): look with {self.tool} whether another "
                 f"process holds it, and whether its driver fits the image ({self.driver() or 'driver unknown'})"
             ) from error
+
+    def choose(self) -> None:
+        """Let it be the one that is meant where none is named."""
 
     def driver(self) -> str:
         """The driver's version and that of the software that was made for it, in words; empty where there is none."""
@@ -92,7 +96,7 @@ class Device:
         """Give memory that is kept for later use back to the device, where that can be done."""
 
     def random_states(self) -> list[torch.Tensor]:
-        """The states of the generators of all devices of this kind."""
+        """The states of the generators of what this process uses."""
         return []
 
     def set_random_states(self, states: list[torch.Tensor]) -> None:
@@ -125,6 +129,12 @@ class Cuda(Device):
 
     def __init__(self) -> None:
         self.device = torch.device(self.name, int(os.environ.get("LOCAL_RANK", "0")))
+        # torch prefers it on H100 and later, and it makes a plan of tens of milliseconds for each new shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def choose(self) -> None:
+        """Let it be the one that is meant where none is named: else each process would open the first one, too."""
+        torch.cuda.set_device(self.device)
 
     @property
     def precision(self) -> str:  # type: ignore[override]
@@ -148,7 +158,7 @@ class Cuda(Device):
 
     def synchronize(self) -> None:
         """Wait until the device has done all it was given."""
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
 
     def release_cache(self) -> None:
         """Give cached memory back to the GPU."""
@@ -173,12 +183,12 @@ class Cuda(Device):
         return graph.replay
 
     def random_states(self) -> list[torch.Tensor]:
-        """The states of all cards' generators."""
-        return list(torch.cuda.get_rng_state_all())
+        """The state of its generator."""
+        return [torch.cuda.get_rng_state(self.device)]
 
     def set_random_states(self, states: list[torch.Tensor]) -> None:
         """The inverse of ``random_states``."""
-        torch.cuda.set_rng_state_all([state.cpu() for state in states])
+        torch.cuda.set_rng_state(states[0].cpu(), self.device)
 
 
 class Hpu(Device):

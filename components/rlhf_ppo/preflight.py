@@ -16,6 +16,7 @@ from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings
 from rlhf_ppo.ppo.rollout import SCORING_TOKENS
+from rlhf_ppo.ppo.setup import precision_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 2**30
@@ -56,7 +57,8 @@ def preflight(settings: RunSettings, reference: Path, device: Device) -> Needs:
     """
     check_cards(settings, device)
     spread = int(os.environ.get("WORLD_SIZE", "1")) if settings.node.node_sharding else 1
-    needs, memory = estimate(settings, reference, spread), device.memory()
+    in_bf16, memory = precision_of(settings.ppo, device) == "bf16", device.memory()
+    needs = estimate(settings, reference, spread, in_bf16)
     _tell(
         "preflight",
         device=device.name,
@@ -142,10 +144,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def estimate(settings: RunSettings, reference: Path, spread: int = 1) -> Needs:
+def estimate(settings: RunSettings, reference: Path, spread: int = 1, in_bf16: bool = False) -> Needs:
     """What one process needs to train the model in the directory ``reference``, from its files' headers alone.
 
-    ``spread`` is the number of processes that weights, gradients and the optimizer's state are spread over.
+    ``spread`` is the number of processes that weights, gradients and the optimizer's state are spread over. Where models
+    compute ``in_bf16``, autocast keeps a copy of the weights that learn, through a rollout and through a minibatch.
     """
     shapes = _shapes(reference)
     config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
@@ -163,14 +166,15 @@ def estimate(settings: RunSettings, reference: Path, spread: int = 1) -> Needs:
         shared = sum(_count(s) for n, s in shapes.items() if _is_shared(n, settings.algorithm.ppo_shared_layers))
         weights = (2 * whole + critic - shared) * size
         trained = (whole + critic - shared) * size
+    copies = trained // 2 if in_bf16 and size == BYTES["float32"] and not lora and spread == 1 else 0
     tokens = settings.rollout.rollout_max_new_tokens
     length = settings.ppo.pad_max_len or settings.data.data_max_prompt_tokens + tokens
     return Needs(
         weights=weights // spread,
         gradients=trained // spread,
         optimizer=2 * trained // spread,
-        rollout=_rollout(config, settings.rollout.rollout_batch_size, length, size),
-        update=_update(config, settings.ppo.mini_batch_size * trunks, length, tokens, size),
+        rollout=copies + _rollout(config, settings.rollout.rollout_batch_size, length, size),
+        update=copies + _update(config, settings.ppo.mini_batch_size * trunks, length, tokens, size),
     )
 
 

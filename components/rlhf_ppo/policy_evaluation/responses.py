@@ -23,6 +23,7 @@ from rlhf_ppo.ppo.responses import Generated
 from rlhf_ppo.ppo.rewards import Reward, score, totals
 from rlhf_ppo.ppo.rollout import response_logprobs
 from rlhf_ppo.ppo.sampling import draw
+from rlhf_ppo.ppo.setup import precision_of
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,19 @@ def _ask(
     queries = [prompt.input_ids for prompt in prompts]
     progress = _progress(number, rounds, len(prompts))
     size = settings.rollout.rollout_batch_size
-    generated = sample(model, queries, sampling, uniform, size, progress, capture=on.capture)
-    logprobs = {
-        name: response_logprobs(model, queries, other.responses, temperature=temperature)
-        for name, other in others.items()
-    }
+    with _as_in_training(settings, on):
+        generated = sample(model, queries, sampling, uniform, size, progress, capture=on.capture)
+        logprobs = {
+            name: response_logprobs(model, queries, other.responses, temperature=temperature)
+            for name, other in others.items()
+        }
     return Answers(generated, set(sampling.eos_token_ids), logprobs)
+
+
+def _as_in_training(settings: RunSettings, on: Device) -> torch.autocast:
+    """The precision in which a card trains; a CPU evaluates in that of the weights."""
+    in_bf16 = on.device.type != "cpu" and precision_of(settings.ppo, on) == "bf16"
+    return torch.autocast(on.device.type, torch.bfloat16, enabled=in_bf16)
 
 
 def _read_by(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -110,7 +110,7 @@ def _tried(model: Any) -> bool:
     finally:
         model.train(training)
     plain = torch.cat(alone).float()
-    allowed = AGREEMENT.get(embeddings.dtype, 0.0) * plain.std()
+    allowed = AGREEMENT.get(packed.dtype, 0.0) * plain.std()
     return bool((packed.float() - plain).abs().max() <= allowed)
 
 

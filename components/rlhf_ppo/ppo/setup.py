@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor, nn
 
 from rlhf_ppo.config import PPOConfig
@@ -16,18 +17,21 @@ from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.models import PolicyWithValueHead
 from rlhf_ppo.ppo.sharding import local, spread_like
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for each other, e.g. while the first reads a large checkpoint; NCCL's own is ten minutes."""
+
 
 def make_accelerator(config: PPOConfig, device: Device) -> Accelerator:
     """accelerate's view of this process, with the trackers that log_with names.
 
-    The precision is the device's own unless accelerator_kwargs, or the environment as accelerate reads it, says
-    otherwise. Raises InputError for fp16.
+    Raises InputError for fp16.
     """
     project = ProjectConfiguration(**config.project_kwargs) if config.project_kwargs else None
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", device.precision)
     # A language model's buffers are constants: nothing of them has to be sent with every pass.
     connected = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    settings = {"mixed_precision": precision, "kwargs_handlers": [connected], **config.accelerator_kwargs}
+    handlers = [connected, InitProcessGroupKwargs(timeout=PATIENCE)]
+    precision = precision_of(config, device)
+    settings = {"kwargs_handlers": handlers, **config.accelerator_kwargs, "mixed_precision": precision}
     accelerator = Accelerator(log_with=config.log_with, project_config=project, **settings)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
@@ -45,6 +49,14 @@ def make_accelerator(config: PPOConfig, device: Device) -> Accelerator:
         }
         accelerator.init_trackers(config.tracker_project_name, config=told, init_kwargs=config.tracker_kwargs)
     return accelerator
+
+
+def precision_of(config: PPOConfig, device: Device) -> str:
+    """What models compute in, in accelerate's words: what accelerator_kwargs says, or the environment as accelerate
+    reads it, or else the device's own.
+    """
+    own = os.environ.get("ACCELERATE_MIXED_PRECISION", device.precision)
+    return str(config.accelerator_kwargs.get("mixed_precision", own))
 
 
 class Adam(torch.optim.Optimizer):

@@ -354,13 +354,21 @@ class PPOTrainer:
         numbers = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=self.steps_done if step is None else step)
 
-    def close(self) -> None:
-        """End the trackers and the processes' connection; nothing can be trained any more."""
+    def close(self, *, failed: bool = False) -> None:
+        """End the trackers and the processes' connection; nothing can be trained any more.
+
+        Cards end a connection with all its processes only: where this one has ``failed`` it leaves that to its own end,
+        after which the launcher ends the others.
+        """
         # The connection must not be ended by the last reference to the distributed model: torch then waits for a thread
         # that waits for Python's lock.
         self.optimization.model = self.policy
         self.accelerator.free_memory()
-        self.accelerator.end_training()
+        if failed and self.accelerator.num_processes > 1 and self.on.backend != "gloo":
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        else:
+            self.accelerator.end_training()
 
     # State
 

@@ -131,9 +131,15 @@ def _train(
                 )
             except Interrupted:
                 raise keeper.stopped() from None
-            return keeper, trainer.whole_policy()
-    finally:
+            found = keeper, trainer.whole_policy()
+    except Stopped:  # All processes stop together.
         trainer.close()
+        raise
+    except BaseException:
+        trainer.close(failed=True)
+        raise
+    trainer.close()
+    return found
 
 
 def _describe(
