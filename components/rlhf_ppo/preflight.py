@@ -147,8 +147,8 @@ def versions() -> dict[str, str]:
 def estimate(settings: RunSettings, reference: Path, spread: int = 1, in_bf16: bool = False) -> Needs:
     """What one process needs to train the model in the directory ``reference``, from its files' headers alone.
 
-    ``spread`` is the number of processes that weights, gradients and the optimizer's state are spread over. Where models
-    compute ``in_bf16``, autocast keeps a copy of the weights that learn, through a rollout and through a minibatch.
+    ``spread`` is the number of processes that weights, gradients and the optimizer's state are spread over. Where
+    models compute ``in_bf16``, autocast keeps a copy of the weights that learn, for a rollout and for a minibatch.
     """
     shapes = _shapes(reference)
     config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
