@@ -172,6 +172,17 @@ def test_counts_tell_what_became_of_every_row(tokenizer: Path, tmp_path: Path) -
     assert manifest["lengths"] == {"min": 3, "median": 3, "max": 3}
 
 
+def test_what_is_left_out_is_told(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_PPO_EVENTS", str(tmp_path / "events"))
+    prepare(jsonl(tmp_path / "r.jsonl", ROWS), tokenizer)
+    assert not (tmp_path / "events").exists()
+    rows = [*ROWS, {"prompt": "  "}, ROWS[0], ROWS[1], {"prompt": "w3 " * 30}]
+    prepare(jsonl(tmp_path / "r.jsonl", rows), tokenizer, data_max_prompt_tokens=20)
+    told = json.loads((tmp_path / "events").read_text())
+    message = "300 of 304 prompts; 1 empty, 2 repeated, 1 longer than 20 tokens"
+    assert (told["kind"], told["step"], told["message"]) == ("note", "prepare_dataset", message)
+
+
 def test_no_prompt_is_in_both_splits_and_new_rows_move_no_old_one(tokenizer: Path, tmp_path: Path) -> None:
     prepare(jsonl(tmp_path / "r.jsonl", ROWS[:200]), tokenizer)
     before = {name: {r["prompt"] for r in split(tokenizer, name)} for name in ("train", "validation")}

@@ -234,3 +234,9 @@ def test_bad_input_is_said_with_its_name_and_leaves_no_output(
     (failed,) = events(inputs, "step_failed")
     assert failed["input_error"] and words.split()[0] in failed["message"]
     assert not [path for path in inputs.iterdir() if path.name.startswith(("policy", "history"))]
+
+
+def test_too_few_prompts_are_said_before_a_model_is_loaded(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "build_trainer", None)
+    with pytest.raises(InputError, match="batch_size=512 on 1 processes needs 512 prompts, but there are 1"):
+        run(inputs, batch_size=512)

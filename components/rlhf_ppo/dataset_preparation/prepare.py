@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ppo.artifacts import complete_directory, digest_of, sha256, write_json
 from rlhf_ppo.dataset_preparation.sources import read
 from rlhf_ppo.errors import InputError
+from rlhf_ppo.events import emit
 from rlhf_ppo.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def prepare_dataset(
         manifest = _manifest(query_dataset, data, source.revision, counts, splits, unfinished, tokenizer)
         write_json(unfinished / "manifest.json", manifest)
         (unfinished / "README.md").write_text(_readme(manifest), encoding="utf-8")
+    _tell_what_was_left_out(counts, longest)
     return manifest
 
 
@@ -208,6 +210,14 @@ def _check_counts(query_dataset: str, data: DataSettings, counts: dict[str, int]
                 f"query_dataset={query_dataset!r} leaves no prompt for {name} ({said}): give more prompts or "
                 f"another data_eval_fraction (now {data.data_eval_fraction})"
             )
+
+
+def _tell_what_was_left_out(counts: dict[str, int], longest: int) -> None:
+    kinds = {"empty": "empty", "duplicate": "repeated", "too_long": f"longer than {longest} tokens"}
+    left_out = [f"{counts[name]} {word}" for name, word in kinds.items() if counts[name]]
+    if left_out:
+        kept = counts["train"] + counts["validation"]
+        emit("note", step="prepare_dataset", message=f"{kept} of {counts['read']} prompts; {', '.join(left_out)}")
 
 
 def _write_split(path: Path, prompts: pa.Table, rest: Dataset | None) -> None:

@@ -42,6 +42,15 @@ class StepReport:
     scores: list[float]
 
 
+def check_prompts(prompts: int, batch_size: int, processes: int) -> None:
+    """Raises InputError where there are fewer ``prompts`` than a batch of all processes takes."""
+    if prompts < batch_size * processes:
+        raise InputError(
+            f"batch_size={batch_size} on {processes} processes needs {batch_size * processes} prompts, but there are "
+            f"{prompts}: give more prompts or a smaller batch_size"
+        )
+
+
 def train(
     trainer: PPOTrainer,
     prompts: Sequence[Prompt],
@@ -62,12 +71,7 @@ def train(
     Raises InputError where there are fewer prompts than batch_size, or the reward returns something else than scores.
     """
     config = trainer.config
-    assert config.global_batch_size is not None
-    if len(prompts) < config.global_batch_size:
-        raise InputError(
-            f"batch_size={config.batch_size} on {config.world_size} processes needs {config.global_batch_size} "
-            f"prompts, but there are {len(prompts)}: give more prompts or a smaller batch_size"
-        )
+    check_prompts(len(prompts), config.batch_size, config.world_size or 1)
     stats: dict[str, Any] = {}
     for step in range(trainer.steps_done, config.total_ppo_epochs):
         batch = [prompts[row] for row in batch_rows(trainer, len(prompts), step)]

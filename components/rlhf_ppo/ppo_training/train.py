@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from rlhf_ppo.events import emit
 from rlhf_ppo.launch import processes_on, run_processes
 from rlhf_ppo.parameters import RunSettings, encode
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, train
-from rlhf_ppo.ppo.loop import Interrupted
+from rlhf_ppo.ppo.loop import Interrupted, check_prompts
 from rlhf_ppo.ppo.models import decoder_start, load_critic, load_model, shared_reference
 from rlhf_ppo.ppo.rewards import Reward, load_reward, score
 from rlhf_ppo.ppo_training.keep import Keeper, Stopped
@@ -77,6 +78,7 @@ def train_ppo(
     device = find_device(settings.ppo.use_habana)
     preflight(settings, reference, device)
     rows = read_prompts(prompts / "train.parquet")
+    check_prompts(len(rows), settings.ppo.batch_size, int(os.environ.get("WORLD_SIZE", "1")))
     reward = load_reward(
         str(settings.ppo.reward_model), settings.reward, str(device.device), static=settings.ppo.pad_for_acceleration
     )
