@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.rewards import load_reward, score, totals
 from rlhf_ppo.settings import RewardSettings, is_callable_name
-from tiny_models import VOCABULARY, word_tokenizer
+from tiny_models import VOCABULARY, llama, word_tokenizer
 
 IDS = [[5], [6, 7]]
 
@@ -64,6 +64,13 @@ def test_a_long_text_loses_its_beginning_not_its_end(tmp_path: Path) -> None:
 def test_a_model_of_three_labels_is_refused(tmp_path: Path) -> None:
     classifier(tmp_path, 3)
     with pytest.raises(InputError, match="3 labels"):
+        load_reward(str(tmp_path), RewardSettings())
+
+
+def test_a_language_model_is_no_reward_for_its_head_would_be_random(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="^reward_model='.*lacks score.weight of a LlamaForSequenceClassification"):
         load_reward(str(tmp_path), RewardSettings())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,16 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Any:
     of_encoder = AutoConfig.from_pretrained(directory).is_encoder_decoder
     loader = AutoModelForSeq2SeqLM if of_encoder else AutoModelForCausalLM
     return loader.from_pretrained(directory, use_safetensors=True).to(getattr(torch, dtype)).eval()
+
+
+def missing_weights(model: nn.Module, absent: Iterable[str]) -> list[str]:
+    """Those of the names ``absent`` from a model's file that were drawn at random: neither buffers nor tied to others.
+
+    ``absent`` is what transformers calls missing_keys.
+    """
+    absent, named = set(absent), list(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in named if name not in absent}
+    return [name for name, parameter in named if name in absent and id(parameter) not in loaded]
 
 
 def load_critic(directory: str | Path, dtype: str = "float32") -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rlhf_ppo.errors import InputError
+from rlhf_ppo.ppo.models import missing_weights
 from rlhf_ppo.ppo.reward_endpoint import RewardEndpoint
 from rlhf_ppo.ppo.rollout import batches_by_length
 from rlhf_ppo.settings import RewardSettings, is_callable_name, is_endpoint, split_revision
@@ -98,14 +99,20 @@ class RewardModel:
         self.settings, self.device, self.static = settings, device, static
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or None)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                source, revision=revision or None, use_safetensors=True
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                source, revision=revision or None, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError) as error:
             raise InputError(
                 f"reward_model={source!r} can't be loaded: give a sequence-classification model with safetensors "
                 f"weights, or package.module:function ({error})"
             ) from error
+        missing = missing_weights(model, loaded["missing_keys"])
+        if missing:
+            raise InputError(
+                f"reward_model={source!r} lacks {', '.join(missing[:3])} of a {type(model).__name__}, whose scores "
+                "would be random: give a model that was trained as a sequence classifier"
+            )
         if model.config.num_labels not in (1, 2):
             raise InputError(
                 f"reward_model={source!r} has {model.config.num_labels} labels: give a model with 1 or 2, "
