@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,7 @@ from rlhf_ppo.ppo.advantages import kl_penalty
 from rlhf_ppo.ppo.models import load_critic, load_model, shared_reference
 from rlhf_ppo.ppo.rollout import Rollout, response_logprobs, score_with_policy
 from rlhf_ppo.ppo_training.policy_files import read_value_head, save_policy
-from tiny_models import gpt2, llama, queries, t5, word_tokenizer
+from tiny_models import gpt2, llama, queries, qwen2, t5, word_tokenizer
 
 SAMPLING = Sampling(12, eos_token_ids=(2,))
 ASKED = queries(*[4] * 8)
@@ -379,6 +379,22 @@ def test_the_critic_starts_as_the_model_in_a_directory(tmp_path: Path) -> None:
     ids = torch.tensor([[3, 4, 5]])
     torch.testing.assert_close(critic(ids).last_hidden_state, llama(3).model(ids).last_hidden_state)
     assert type(load_model(tmp_path)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lost"),
+    [(llama, "lm_head.weight"), (gpt2, "transformer.h.1.ln_1.bias"), (qwen2, "model.embed_tokens.weight")],
+)
+def test_a_model_without_some_of_its_weights_is_refused_and_one_with_tied_weights_is_not(
+    architecture: Any, lost: str, tmp_path: Path
+) -> None:
+    architecture(0).save_pretrained(tmp_path)
+    load_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"^model_name='x': the weights lack {lost}.*at random: give a whole model"):
+        load_model(tmp_path, named="model_name='x'")
 
 
 # Shared layers

@@ -181,11 +181,16 @@ def test_the_best_policy_is_the_one_that_was_scored_best(inputs: Path, monkeypat
     assert json.loads((inputs / "policy" / "training.json").read_text())["best_step"] == 1
 
 
-def test_reference_and_policy_begin_alike_also_where_the_file_lacks_weights(inputs: Path) -> None:
+def test_a_model_whose_file_lacks_weights_is_refused(inputs: Path) -> None:
     file = inputs / "reference" / "model.safetensors"
     weights = load_file(file)
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="^model_name='model': the weights lack model.layers.0.mlp.up_proj.weight "):
+        training.build_trainer(RunSettings.from_json(config()), inputs / "reference", word_tokenizer())
+
+
+def test_reference_and_policy_begin_alike_and_share_no_memory(inputs: Path) -> None:
     trainer = training.build_trainer(RunSettings.from_json(config()), inputs / "reference", word_tokenizer())
     assert trainer.reference is not None
     of_policy, of_reference = trainer.policy.pretrained_model.state_dict(), trainer.reference.state_dict()

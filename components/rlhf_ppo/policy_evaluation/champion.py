@@ -38,26 +38,27 @@ def fetch_champion(settings: RunSettings, directory: Path) -> str | None:
 def load_champion(directory: Path, settings: RunSettings, reference: Path) -> Any:
     """The published model in ``directory``; an adapter with its base, which may be the run's own ``reference``.
 
-    Raises InputError where the adapter names no base that can be had.
+    Raises InputError where the adapter names no base that can be had, and where weights are missing.
     """
     from rlhf_ppo.ppo.models import load_model
 
     dtype, config = settings.model.model_dtype, directory / "adapter_config.json"
+    named = f"hub_repo_id={settings.repo_id!r}"
     if not config.is_file():
-        return load_model(directory, dtype)
+        return load_model(directory, dtype, named)
     from peft import PeftModel
 
     told = json.loads(config.read_text(encoding="utf-8"))
     base, revision = told.get("base_model_name_or_path"), told.get("revision")
     if not base:
-        raise InputError(f"hub_repo_id={settings.repo_id!r} holds an adapter that names no base model")
+        raise InputError(f"{named} holds an adapter that names no base model")
     if (base, revision) != (settings.ppo.model_name, settings.model.model_revision):
         from huggingface_hub import HfApi
 
         reference = directory / "base"
         api = HfApi(token=os.environ.get("HF_TOKEN") or False)
         _download(api, base, revision, reference, f"the base of the adapter in {settings.repo_id}")
-    model = PeftModel.from_pretrained(load_model(reference, dtype), str(directory), use_safetensors=True)
+    model = PeftModel.from_pretrained(load_model(reference, dtype, named), str(directory), use_safetensors=True)
     return model.merge_and_unload()
 
 

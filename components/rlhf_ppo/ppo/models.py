@@ -170,13 +170,23 @@ def device_of(model: nn.Module) -> torch.device:
     return device
 
 
-def load_model(directory: str | Path, dtype: str = "float32") -> Any:
-    """The language model in ``directory``, from safetensors alone, with weights of ``dtype``."""
+def load_model(directory: str | Path, dtype: str = "float32", named: str = "model_name") -> Any:
+    """The language model in ``directory``, from safetensors alone, with weights of ``dtype``.
+
+    Raises InputError, about the parameter ``named``, where the files lack some of its weights.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     of_encoder = AutoConfig.from_pretrained(directory).is_encoder_decoder
-    loader = AutoModelForSeq2SeqLM if of_encoder else AutoModelForCausalLM
-    return loader.from_pretrained(directory, use_safetensors=True).to(getattr(torch, dtype)).eval()
+    loader: Any = AutoModelForSeq2SeqLM if of_encoder else AutoModelForCausalLM
+    model, loaded = loader.from_pretrained(directory, use_safetensors=True, output_loading_info=True)
+    missing = missing_weights(model, loaded["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{named}: the weights lack {', '.join(missing[:3])} ({len(missing)} in all) of a {type(model).__name__}, "
+            "which would be drawn at random: give a whole model"
+        )
+    return model.to(getattr(torch, dtype)).eval()
 
 
 def missing_weights(model: nn.Module, absent: Iterable[str]) -> list[str]:

@@ -177,7 +177,8 @@ def digests_of(prompts: Path, reference: Path) -> dict[str, Any]:
 def build_trainer(settings: RunSettings, reference: Path, tokenizer: Any) -> PPOTrainer:
     """The trainer of a policy that starts as ``reference``; with LoRA the reference is the policy without adapters."""
     torch.manual_seed(settings.ppo.seed)
-    trunk = load_model(reference, settings.model.model_dtype)
+    named = f"model_name={settings.ppo.model_name!r}"
+    trunk = load_model(reference, settings.model.model_dtype, named)
     _check_lengths(settings, trunk)
     sampling = Sampling.for_model(
         trunk, settings.rollout.rollout_max_new_tokens, temperature=settings.rollout.rollout_temperature
@@ -189,9 +190,9 @@ def build_trainer(settings: RunSettings, reference: Path, tokenizer: Any) -> PPO
     elif algorithm.ppo_shared_layers:
         frozen = shared_reference(trunk, algorithm.ppo_shared_layers)
     else:
-        # Sooner than a copy, for its weights are the file's, which are in memory already; what the file lacks is drawn.
+        # Sooner than a copy, for its weights are the file's, which are in memory already.
         torch.manual_seed(settings.ppo.seed)
-        frozen = load_model(reference, settings.model.model_dtype)
+        frozen = load_model(reference, settings.model.model_dtype, named)
     if algorithm.ppo_separate_critic:
         critic = load_critic(reference, settings.model.model_dtype)
         if settings.model.model_lora_r:
