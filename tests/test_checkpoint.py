@@ -21,6 +21,8 @@ from rlhf_ppo import checkpoint
 from rlhf_ppo.artifacts import digest_of, sha256
 from rlhf_ppo.checkpoint import CheckpointStore, DamagedCheckpoint
 from rlhf_ppo.errors import InputError
+from rlhf_ppo.parameters import decode
+from rlhf_ppo.ppo_training.keep import contents_of
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,41 @@ def test_a_checkpoint_of_another_training_is_refused_with_the_differences(
     assert failed["input_error"]
     for words in ("learning_rate is 0.01 there and 0.02 here", "ppo_epochs is 2 there and 3 here", "checkpoint_name"):
         assert words in failed["message"]
+
+
+def test_a_checkpoint_of_another_code_of_the_reward_is_refused(
+    training_inputs: Path, stopped: Path, tmp_path: Path
+) -> None:
+    place, inputs = tmp_path / "place", tmp_path / "inputs"
+    shutil.copytree(stopped, place)
+    shutil.copytree(training_inputs, inputs)
+    with (inputs / "noisy_reward.py").open("a") as file:
+        file.write("changed = 1\n")
+    assert worker.finished(worker.start(inputs, place, checkpoint_name="mine")) == 1
+    failed = worker.events(place, "step_failed")[-1]
+    assert failed["input_error"] and "the content of noisy_reward:noisy is " in failed["message"]
+
+
+def test_what_rewards_and_the_value_head_hold_makes_another_training_and_what_a_reward_writes_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("package_of_a_user/__init__.py", "weights/model.safetensors", "more/model.safetensors", "head"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    weights, more, head = (str(tmp_path / name) for name in ("weights", "more", "head"))
+    settings = decode(
+        {"model_name": "org/model", "query_dataset": "org/prompts", "reward_model": weights, "ppo_value_head": head,
+         "reward_sum": {"package_of_a_user:f": 1.0, more: 1.0, "builtins:len": 1.0, "https://a/b": 1.0, "org/x": 1.0}}
+    )  # fmt: skip
+    before = contents_of(settings)
+    assert set(before) == {f"the content of {name}" for name in (weights, more, head, "package_of_a_user:f")}
+    (tmp_path / "package_of_a_user" / "scored.log").write_text("a line")
+    assert contents_of(settings) == before
+    for name in ("package_of_a_user/__init__.py", "weights/model.safetensors", "more/model.safetensors", "head"):
+        (tmp_path / name).write_text("changed = 1")
+    after = contents_of(settings)
+    assert [name for name in before if after[name] == before[name]] == []
 
 
 def test_names_of_runs_and_trackers_do_not_make_another_training(

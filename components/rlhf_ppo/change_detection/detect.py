@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from rlhf_ppo import __version__
-from rlhf_ppo.artifacts import digest_of, sha256
+from rlhf_ppo.artifacts import digest_of
 from rlhf_ppo.config_validation import sources
 from rlhf_ppo.delivery import UNCHANGED_TAG, client_of, pipeline_run_of
 from rlhf_ppo.events import emit
 from rlhf_ppo.parameters import RunSettings
 from rlhf_ppo.provenance import code_commit
-from rlhf_ppo.settings import is_callable_name, is_endpoint, split_revision
 from rlhf_ppo.tracking import DEADLINE, default_uri, run_name_of
 
 FINGERPRINT_TAG = "rlhf_ppo.fingerprint"
@@ -54,33 +51,10 @@ def fingerprint(settings: RunSettings, model_digest: str, data_digest: str) -> s
     """A digest of all that decides what comes out; of no use twice where something can't be told."""
     values = {name: value for name, value in json.loads(settings.to_json()).items() if name not in NOT_LEARNED_FROM}
     rewards = {settings.ppo.reward_model, *settings.reward.reward_sum, settings.evaluation.eval_judge}
-    content = {name: _held_by(name, settings) for name in rewards if name}
+    content = {name: sources.digest_of_reward(name, settings) for name in rewards if name}
     head = settings.algorithm.ppo_value_head
     content[head] = sources.digest(head, "") if head else ""
     return digest_of([__version__, code_commit(), values, model_digest, data_digest, content])
-
-
-def _held_by(reward: str, settings: RunSettings) -> str:
-    """What the reward of this name holds now; empty where a commit says it, and for a server, which nobody can tell."""
-    if is_callable_name(reward):
-        return _code_of(reward)
-    if is_endpoint(reward):
-        return ""
-    model, revision = split_revision(reward)
-    return sources.digest(model, settings.reward.reward_revision if reward == settings.ppo.reward_model else revision)
-
-
-def _code_of(function: str) -> str:
-    """A digest of the module, or of the whole package, that a user's function comes from."""
-    spec = importlib.util.find_spec(function.partition(":")[0].partition(".")[0])
-    if spec is None:
-        return sources.unknown()
-    if spec.submodule_search_locations is None:
-        origin = Path(spec.origin or "")
-        return sha256(origin) if origin.is_file() else sources.unknown()
-    places = [Path(place) for place in spec.submodule_search_locations]
-    files = [(file, place) for place in places for file in sorted(place.rglob("*")) if file.is_file()]
-    return digest_of([[str(f.relative_to(p)), sha256(f)] for f, p in files if f.parent.name != "__pycache__"])
 
 
 def _ask(settings: RunSettings, run_id: str, model_digest: str, data_digest: str, found: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import uuid
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Literal
 
 from rlhf_ppo.artifacts import digest_of, digests, sha256
 from rlhf_ppo.errors import InputError
+from rlhf_ppo.parameters import RunSettings
+from rlhf_ppo.settings import is_callable_name, is_endpoint, split_revision
 
 Kind = Literal["path", "url", "hub"]
 
@@ -17,6 +20,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILES = frozenset(".gguf .safetensors .bin .pt .json .jsonl .csv .tsv .parquet .txt .text .gz .zst .arrow".split())
 _VERSIONS = frozenset("etag md5 sha256 checksum digest modified mtime updated generation version blob_id".split())
 _TIMEOUT = 20.0
+_UNKNOWN = "unknown-"
 
 
 def kind(source: str) -> Kind:
@@ -123,9 +127,40 @@ def digest(source: str, revision: str) -> str:
     return "" if is_commit(revision) else unknown()
 
 
+def digest_of_reward(reward: str, settings: RunSettings, code: str = "*") -> str:
+    """What the reward of this name holds now; empty where a commit says it, and for a server, which nobody can tell.
+
+    Of a user's function it is the files of the pattern ``code``.
+    """
+    if is_callable_name(reward):
+        return digest_of_code(reward, code)
+    if is_endpoint(reward):
+        return ""
+    model, revision = split_revision(reward)
+    return digest(model, settings.reward.reward_revision if reward == settings.ppo.reward_model else revision)
+
+
+def digest_of_code(function: str, pattern: str = "*") -> str:
+    """A digest of the module, or of the whole package, files of this ``pattern``, that a user's function comes from."""
+    spec = importlib.util.find_spec(function.partition(":")[0].partition(".")[0])
+    if spec is None:
+        return unknown()
+    if spec.submodule_search_locations is None:
+        origin = Path(spec.origin or "")
+        return sha256(origin) if origin.is_file() else unknown()
+    places = [Path(place) for place in spec.submodule_search_locations]
+    files = [(file, place) for place in places for file in sorted(place.rglob(pattern)) if file.is_file()]
+    return digest_of([[str(f.relative_to(p)), sha256(f)] for f, p in files if f.parent.name != "__pycache__"])
+
+
 def unknown() -> str:
     """A value that is never the same twice, in the place of a digest that can't be told."""
-    return f"unknown-{uuid.uuid4().hex}"
+    return f"{_UNKNOWN}{uuid.uuid4().hex}"
+
+
+def is_known(digest: str) -> bool:
+    """Whether ``digest`` tells anything: a later one of the same content is equal."""
+    return bool(digest) and not digest.startswith(_UNKNOWN)
 
 
 def digest_of_path(path: Path) -> str:

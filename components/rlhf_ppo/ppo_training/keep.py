@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from rlhf_ppo.artifacts import digest_of
 from rlhf_ppo.checkpoint import MANIFEST, CheckpointStore, DamagedCheckpoint
+from rlhf_ppo.config_validation import sources
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.events import emit
 from rlhf_ppo.fields import parameters_of
@@ -48,10 +49,14 @@ class Keeper:
     ) -> None:
         self.trainer, self.recorder, self.preemption = trainer, recorder, preemption
         self.every = settings.checkpoint.checkpoint_every
-        identity = identity_of(settings, digests, trainer.accelerator.num_processes, trainer.sharded)
+        accelerator = trainer.accelerator
+        # One process looks: weights can be large.
+        contents = [contents_of(settings) if accelerator.is_main_process else {}]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(contents)
+        identity = identity_of(settings, {**digests, **contents[0]}, accelerator.num_processes, trainer.sharded)
         place = settings.checkpoint.checkpoint_dir or os.environ.get(CHECKPOINTS_VARIABLE) or str(beside)
         name = settings.checkpoint.checkpoint_name or f"{digest_of(identity)[:16]}"
-        accelerator = trainer.accelerator
         parts = accelerator.num_processes if trainer.sharded else 0
         self.store = CheckpointStore(
             Path(place) / name, identity, settings.checkpoint.checkpoint_keep, accelerator.process_index, parts
@@ -149,6 +154,18 @@ class Keeper:
         """Delete the checkpoints: the outputs are complete."""
         if self.trainer.accelerator.is_main_process:
             self.store.remove()
+
+
+def contents_of(settings: RunSettings) -> dict[str, str]:
+    """Digests of the code and the weights on this machine that rewards and the value head come from.
+
+    Code is the Python files alone: a package may be written to while it scores. What can't be told is left out.
+    """
+    names = {str(settings.ppo.reward_model), *settings.reward.reward_sum}
+    found = {name: sources.digest_of_reward(name, settings, "*.py") for name in names}
+    head = settings.algorithm.ppo_value_head
+    found |= {head: sources.digest(head, "")} if head else {}
+    return {f"the content of {name}": digest[:16] for name, digest in found.items() if sources.is_known(digest)}
 
 
 def identity_of(
