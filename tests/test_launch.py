@@ -65,7 +65,12 @@ def test_the_step_trains_in_two_processes_as_torchrun_does_and_goes_on_after_sig
 @pytest.mark.parametrize(
     ("reward", "message", "input_error"),
     [
-        ("fails_in_the_second", "ProcessFailed: process 1 of 2: ConnectionError: the reward service went away", False),
+        (
+            "fails_in_the_second",
+            "ProcessFailed: process 1 of 2: RewardFailed: reward_model='noisy_reward:fails_in_the_second' raised "
+            "ConnectionError: the reward service went away (at ",
+            False,
+        ),
         (
             "is_killed_in_the_second",
             "ProcessFailed: process 1 of 2 was ended by SIGKILL; that is often for want",

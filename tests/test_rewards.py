@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_ppo.errors import InputError
-from rlhf_ppo.ppo.rewards import load_reward, score, totals
+from rlhf_ppo.ppo.rewards import RewardFailed, load_reward, score, totals
 from rlhf_ppo.settings import RewardSettings, is_callable_name
 from tiny_models import VOCABULARY, llama, word_tokenizer
 
@@ -94,6 +94,41 @@ def test_a_function_is_imported_by_name(tmp_path: Path, monkeypatch: pytest.Monk
         load_reward("no_such_module:f", RewardSettings())
 
 
+def test_what_a_function_raises_is_told_with_its_name_and_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_reward.py").write_text(
+        "import json\n\n\ndef looks_up(prompts, responses):\n    return [{}['x'] for _ in responses]\n"
+        "def one_by_one(prompts, responses):\n    yield json.loads('not')\n"
+        "def takes_one(prompts):\n    return [1.0]\n"
+        "def keys(prompts, responses):\n    return {1.0: 2.0, 2.0: 3.0}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, words, cause in (
+        ("looks_up", rf"raised KeyError: 'x' \(at {tmp_path}/failing_reward.py:5\)$", KeyError),
+        ("one_by_one", rf"raised JSONDecodeError: .* \(at {tmp_path}/failing_reward.py:7\)$", ValueError),
+        ("takes_one", "raised TypeError: takes_one.. takes 1 positional argument but 2 were given$", TypeError),
+    ):
+        reward = load_reward(f"failing_reward:{name}", RewardSettings())
+        with pytest.raises(RewardFailed, match=f"^reward_model='failing_reward:{name}' {words}") as raised:
+            score(reward, ["a", "b"], ["c", "d"], IDS)
+        assert isinstance(raised.value.__cause__, cause)
+    with pytest.raises(InputError, match="^reward_model='failing_reward:keys' returned .*a dict is no list"):
+        score(load_reward("failing_reward:keys", RewardSettings()), ["a", "b"], ["c", "d"], IDS)
+
+
+def test_a_function_gets_lists_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "greedy_reward.py").write_text(
+        "def score(prompts, responses, response_ids):\n    scores = [1.0] * len(responses)\n"
+        "    response_ids[0].clear()\n    prompts.clear(); responses.clear(); response_ids.clear()\n"
+        "    return scores\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    prompts, responses, ids = ["a", "b"], ["c", "d"], [[5], [6, 7]]
+    assert score(load_reward("greedy_reward:score", RewardSettings()), prompts, responses, ids) == [1.0, 1.0]
+    assert (prompts, responses, ids) == (["a", "b"], ["c", "d"], IDS)
+
+
 def test_a_name_with_a_function_is_told_from_a_model() -> None:
     assert is_callable_name("package.module:function")
     for name in ("org/model", "models/reward", "/tmp/a:b", "model", "a.b:c-d", "lvwerra/distilbert-imdb"):
@@ -102,7 +137,16 @@ def test_a_name_with_a_function_is_told_from_a_model() -> None:
 
 @pytest.mark.parametrize(
     ("returned", "words"),
-    [([1.0], "1 scores for 2 responses"), ([1.0, math.nan], "nan for response 1"), ([math.inf, 1], "inf"), (3, "3")],
+    [
+        ([1.0], "1 scores for 2 responses"),
+        ([1.0, math.nan], "nan for response 1"),
+        ([math.inf, 1], "inf"),
+        (3, "3"),
+        ({1.0: "c", 2.0: "d"}, "a dict is no list.*must return one number"),
+        ({1.0, 2.0}, "a set is no list"),
+        ("12", "a str is no list"),
+        (b"12", "a bytes is no list"),
+    ],  # fmt: skip
 )
 def test_what_is_not_one_finite_number_each_is_refused(returned: object, words: str) -> None:
     with pytest.raises(InputError, match=f"reward_model returned.*{words}"):

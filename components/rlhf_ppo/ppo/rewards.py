@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import reprlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,7 +89,38 @@ def load_callable(name: str) -> Reward:
     if not callable(function):
         raise InputError(f"reward_model={name!r}: the module {module_name} has no function {function_name}")
     reward: Reward = function
-    return reward
+    return OwnReward(name, reward)
+
+
+class RewardFailed(RuntimeError):
+    """The user's function raised; the message says what and where."""
+
+
+class OwnReward:
+    """A function of the user's, of this ``name``, which what it raises is told by; it is given lists of its own."""
+
+    def __init__(self, name: str, function: Reward) -> None:
+        self.name, self.function, self.takes_ids = name, function, _takes_ids(function)
+
+    def __call__(self, prompts: list[str], responses: list[str], response_ids: list[list[int]]) -> list[Score]:
+        """The scores, as plain numbers. Raises RewardFailed; and InputError where they are none."""
+        given = {"response_ids": [list(ids) for ids in response_ids]} if self.takes_ids else {}
+        try:
+            scores = self.function(list(prompts), list(responses), **given)
+            # What is made one by one may fail here only.
+            scores = list(scores) if isinstance(scores, Iterator) else scores
+        except Exception as error:
+            said = f"reward_model={self.name!r} raised {type(error).__name__}: {error}{self._place_of(error)}"
+            raise RewardFailed(said) from error
+        return _plain_scores(scores, f"reward_model={self.name!r}")
+
+    def _place_of(self, error: Exception) -> str:
+        """File and line of the last place in the user's own directory, or else of the last at all."""
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        module = sys.modules.get(self.name.partition(":")[0])
+        home = Path(getattr(module, "__file__", None) or "").parent
+        own = [frame for frame in frames if Path(frame.filename).parent == home] or frames
+        return f" (at {own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
 class RewardModel:
@@ -165,13 +200,7 @@ def score(reward: Reward, prompts: list[str], responses: list[str], response_ids
     Raises InputError otherwise.
     """
     given = {"response_ids": response_ids} if _takes_ids(reward) else {}
-    scores = reward(prompts, responses, **given)
-    try:
-        found = [_plain(value) for value in scores]
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"reward_model returned {scores!r}: it must return one number for each response, or one for each token"
-        ) from error
+    found = _plain_scores(reward(prompts, responses, **given))
     if len(found) != len(responses):
         raise InputError(
             f"reward_model returned {len(found)} scores for {len(responses)} responses: one each is needed"
@@ -191,6 +220,19 @@ def score(reward: Reward, prompts: list[str], responses: list[str], response_ids
 def totals(scores: Sequence[Score]) -> list[float]:
     """What each response earned in all."""
     return [math.fsum(value) if isinstance(value, list) else value for value in scores]
+
+
+def _plain_scores(scores: Any, named: str = "reward_model") -> list[Score]:
+    """What a reward returned, in order; keys, characters and what has no order are no scores."""
+    try:
+        if isinstance(scores, (Mapping, Set, str, bytes)):
+            raise TypeError(f"a {type(scores).__name__} is no list")
+        return [_plain(value) for value in scores]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{named} returned {reprlib.repr(scores)} ({error}): it must return one number for each "
+            "response, or one for each token"
+        ) from error
 
 
 def _plain(value: Any) -> Score:
