@@ -75,6 +75,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
     (tmp_path / "own_reward.py").write_text("number = 3\ndef length(prompts, responses): return [1.0]\n")
     (tmp_path / "broken_reward.py").write_text("1 / 0\n")
+    (tmp_path / "exiting_reward.py").write_text("import sys\nsys.exit(3)\n")
     return tmp_path
 
 
@@ -122,6 +123,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         ("reward_model", "prompts.jsonl", "is a file, not a model directory"),
         ("reward_model", "no_such_module:score", "can't be imported (ModuleNotFoundError"),
         ("reward_model", "broken_reward:score", "can't be imported (ZeroDivisionError"),
+        ("reward_model", "exiting_reward:score", "can't be imported (SystemExit: 3"),
         ("reward_model", "own_reward:score", "has no score"),
         ("reward_model", "own_reward:number", "is 3: give a function"),
         ("reward_model", "https:///score", "names no server"),
@@ -144,6 +146,20 @@ def test_a_model_without_safe_weights_is_refused(here: Path) -> None:
     (here / "model" / "small.gguf").write_text("GGUF")
     validate_config(given())
     validate_config(given(model_name="model/small.gguf"))
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "my repo", "me/--model"])
+def test_a_repository_whose_name_the_hub_would_refuse_is_refused(name: str) -> None:
+    (problem,) = problems(hub_repo_id=name)
+    assert problem.startswith(f"hub_repo_id={name!r} can't be a repository: ")
+    (problem,) = problems(push_to_hub_if_best_kwargs={"repo_id": name})
+    assert problem.startswith(f"push_to_hub_if_best_kwargs' repo_id={name!r} can't be a repository: ")
+    validate_config(given(hub_repo_id="me/my-model", push_to_hub_if_best_kwargs={"repo_id": "me/my-model"}))
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    for name in ("seed", "eval_seed"):
+        assert problems(**{name: 2**32}) == [f"{name}={2**32} is not valid: give an integer >= 0 and <= {2**32 - 1}"]
 
 
 def test_a_revision_of_something_local_is_refused() -> None:

@@ -202,7 +202,9 @@ class EvaluationSettings(Checked):
         "A second reward, which did not train the policy, as reward_model or model@revision: a gain that it does not "
         "see is reward hacking. Empty for none.",
     )
-    eval_seed: int = declare(1234, "Seed of sampling in evaluation; the same for policy and reference.", minimum=0)
+    eval_seed: int = declare(
+        1234, "Seed of sampling in evaluation; the same for policy and reference.", minimum=0, maximum=2**32 - 1
+    )
 
 
 @dataclass(frozen=True)

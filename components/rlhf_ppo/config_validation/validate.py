@@ -54,6 +54,9 @@ def validate_config(parameters: Mapping[str, Any]) -> str:
     problems += _problems_of_sum(parameters.get("reward_sum"))
     kwargs = parameters.get("push_to_hub_if_best_kwargs")
     problems += kwargs_problems(kwargs) if isinstance(kwargs, dict) else []
+    best = kwargs.get("repo_id") if isinstance(kwargs, dict) else None
+    problems += _problems_of_repository("hub_repo_id", parameters.get("hub_repo_id"))
+    problems += _problems_of_repository("push_to_hub_if_best_kwargs' repo_id", best)
     model = parameters.get("model_name")
     if parameters.get("hub_adapter") is True and isinstance(model, str) and model and not _on_hub(model):
         problems.append(
@@ -139,6 +142,20 @@ def _problems_of_sum(weights: Any) -> list[str]:
     return found
 
 
+def _problems_of_repository(parameter: str, name: Any) -> list[str]:
+    """Why the hub would take no repository of this name; what it knows of it is asked later."""
+    if not name or not isinstance(name, str) or importlib.util.find_spec("huggingface_hub") is None:
+        return []
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return [f"{parameter}={name!r} can't be a repository: {error}"]
+    return []
+
+
 def _problem_of_reward(value: str) -> str | None:
     if is_endpoint(value):
         return None if urlsplit(value).hostname else "names no server: give an address like https://host/path"
@@ -151,7 +168,7 @@ def _problem_of_callable(value: str) -> str | None:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the user's own code: whatever it raises is the answer
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is the answer
         return (
             f"can't be imported ({type(error).__name__}: {error}): start in the directory that holds "
             f"{module_name.split('.')[0]}, or install it"
