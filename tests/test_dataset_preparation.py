@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 
 import hub_server
 from rlhf_ppo.dataset_preparation.prepare import is_held_out, prepare_dataset
+from rlhf_ppo.dataset_preparation.sources import read
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.settings import DataSettings
 from tiny_models import word_tokenizer
@@ -110,6 +111,23 @@ def test_every_kind_of_source_gives_the_same_prompts(kind: str, tokenizer: Path,
     assert row["input_ids"] == word_tokenizer()(row["prompt"]).input_ids
     expected = {r["prompt"] for r in ROWS if not is_held_out(r["prompt"], 0.1)}
     assert [r["prompt"] for r in split(tokenizer, "train")] == [r["prompt"] for r in ROWS if r["prompt"] in expected]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "txt"])
+@pytest.mark.parametrize("in_a_directory", [False, True])
+def test_a_mark_at_the_beginning_is_no_part_of_a_prompt_and_words_for_nothing_are_words(
+    kind: str, in_a_directory: bool, tmp_path: Path
+) -> None:
+    place = tmp_path / "data"
+    place.mkdir()
+    separator = "\t" if kind == "tsv" else ","
+    words = ["w3 w4", "NA", "null", "None", "nan", "w5"]
+    rows = words if kind == "txt" else [separator.join(["prompt", "n"]), *(f"{word}{separator}1" for word in words)]
+    (place / f"rows.{kind}").write_text("\n".join(rows), encoding="utf-8-sig")
+    source = place if in_a_directory else place / f"rows.{kind}"
+    found = read(str(source), DataSettings(), str(tmp_path / "cache")).rows
+    assert found["prompt"][:] == words
+    assert kind == "txt" or found["n"][:] == [1] * len(words)
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -229,6 +247,7 @@ PREPARE = """
 import json, sys
 from pathlib import Path
 from rlhf_ppo.dataset_preparation.prepare import prepare_dataset
+from rlhf_ppo.dataset_preparation.sources import read
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.settings import DataSettings
 for number, argument in enumerate(sys.argv[1:]):

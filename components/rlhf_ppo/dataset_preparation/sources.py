@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from rlhf_ppo.config_validation.sources import commit_of, kind
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 FORMATS = {
     ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
 }  # fmt: skip
+_READING: dict[str, dict[str, Any]] = {
+    "csv": {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]},
+    "text": {"encoding": "utf-8-sig"},
+}
+"""How files are read: a mark at their beginning is no part of the first prompt, and NA and None are words."""
 NO_DATA = ("manifest.json", "dataset_infos.json", "dataset_info.json", "state.json")
 """Files that describe the data beside them."""
 
@@ -85,7 +90,12 @@ def _read_file(query_dataset: str, data: DataSettings, cache: str) -> Dataset:
     separator = {"sep": "\t"} if suffix == ".tsv" else {}
     with _explained(query_dataset, data):
         loaded = load_dataset(
-            FORMATS[suffix], data_files=query_dataset, split=data.data_split, cache_dir=cache, **separator
+            FORMATS[suffix],
+            data_files=query_dataset,
+            split=data.data_split,
+            cache_dir=cache,
+            **separator,
+            **_READING.get(FORMATS[suffix], {}),
         )
     return _with_text_as_prompt(loaded, FORMATS[suffix], data)
 
@@ -104,7 +114,8 @@ def _read_directory(query_dataset: str, path: Path, data: DataSettings, cache: s
     if not any(file.stat().st_size for file in files):
         raise InputError(f"query_dataset={query_dataset!r} is empty: give at least two prompts")
     with _explained(query_dataset, data):
-        builder = load_dataset_builder(str(path), data.data_config or None, cache_dir=cache)
+        reading = _READING.get(FORMATS[suffixes[0]], {})
+        builder = load_dataset_builder(str(path), data.data_config or None, cache_dir=cache, **reading)
         taken = {Path(file).resolve() for part in (builder.config.data_files or {}).values() for file in part}
         left = [file.name for file in files if file.resolve() not in taken]
         if left and not data.data_config:
