@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_pipelines.cli import read_parameters
+from rlhf_pipelines.cli import main, read_parameters
 from rlhf_pipelines.local import follow
 from rlhf_pipelines.progress import Progress
 from rlhf_ppo.errors import InputError
@@ -247,3 +247,39 @@ def test_fields_compile_and_version(here: Path) -> None:
     assert text.count("image: registry.example/ppo:1\n") == 7 and "rlhf-ppo/cpu" not in text
     assert next(yaml.safe_load_all((here / "ppo.yaml").read_text()))["pipelineInfo"]["name"] == "rlhf-ppo"
     assert cli(here, "--version").stdout.startswith("rlhf-ppo 0.")
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line of wrong input that the command line ends with."""
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_file_that_can_not_be_written_or_read_is_said_in_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(here)
+    (here / "binary").write_bytes(b"\xff\x00\xfe")
+    for place, reason in (("/nonexistent/x.yaml", "No such file or directory"), (str(here), "Is a directory")):
+        assert said(capsys, "compile", "-o", place) == (
+            f"rlhf-ppo: -o {place} can't be written: {reason}; name a YAML file"
+        )
+    assert said(capsys, "compile", "--check", "-o", "binary").startswith("rlhf-ppo: -o binary can't be read: ")
+
+
+def test_a_run_directory_that_can_not_be_written_is_said_in_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (here / "runs").write_text("")
+    (here / "mine").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "mine")
+    for place, given, reason in (
+        ("prompts.jsonl/x", ["--run-dir", "prompts.jsonl/x"], "Not a directory"),
+        ("mine", ["--run-dir", "mine"], "Permission denied"),
+        ("runs/2", [], "File exists"),
+    ):
+        line = said(capsys, "run", *NEEDED, *given)
+        assert line.startswith(f"rlhf-ppo: --run-dir={place}") and f"can't be written: {reason}; name a dir" in line

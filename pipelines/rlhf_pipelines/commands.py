@@ -33,7 +33,10 @@ def compile(given: argparse.Namespace) -> int:
             print(problem, file=sys.stderr)
         return 1 if problems else 0
     if given.output:
-        Path(given.output).write_text(text, encoding="utf-8")
+        try:
+            Path(given.output).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"-o {given.output} can't be written: {error.strerror}; name a YAML file") from error
     else:
         print(text, end="")
     return 0

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -61,13 +62,23 @@ def package() -> str:
 
 
 def make_run_directory(wanted: str | None) -> Path:
-    """The run's directory, made now. Raises InputError where ``wanted`` holds something already."""
-    if not wanted:
-        return _new_directory(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
-    directory = Path(wanted)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"--run-dir={directory} exists and is not empty: name a new directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    """The run's directory, made now.
+
+    Raises InputError where ``wanted`` holds something already, and where it can't be made or written to.
+    """
+    directory = Path(wanted or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    try:
+        if not wanted:
+            return _new_directory(directory)
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise InputError(f"--run-dir={directory} exists and is not empty: name a new directory")
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(
+            f"--run-dir={directory} can't be written: {error.strerror}; name a directory that you may write to"
+        ) from error
     return directory.absolute()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from rlhf_ppo import __version__
+from rlhf_ppo.errors import InputError
 
 API = "pipelines.kubeflow.org/v2beta1"
 
@@ -43,10 +44,16 @@ def version_name(pipeline: str, content: dict[str, Any]) -> str:
 
 
 def problems_of(path: Path, expected: str, command: str) -> list[str]:
-    """What is wrong with the file ``path`` that ``command`` writes as ``expected``."""
+    """What is wrong with the file ``path`` that ``command`` writes as ``expected``.
+
+    Raises InputError where it can't be read.
+    """
     if not path.is_file():
         return [f"{path} does not exist: run {command}"]
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"-o {path} can't be read: {error}; name a file that {command} wrote") from error
     found = [] if text == expected else [f"{path} is stale: run {command}"]
     try:
         resources = [found for found in yaml.safe_load_all(text) if isinstance(found, dict)]
