@@ -314,6 +314,25 @@ def test_chance_is_told_as_chance() -> None:
     assert sum("this is chance" in text for text in told) > len(told) / 2
 
 
+@pytest.mark.parametrize(("whose", "value"), [("policy", math.nan), ("reference", math.nan), ("policy", -math.inf)])
+def test_a_kl_that_is_no_number_is_not_told_as_chance(whose: str, value: float) -> None:
+    trained = trainer()
+    rollout = trained.rollout(ASKED)
+    if whose == "policy":
+        rollout.logprobs[1][0] = value
+    else:
+        assert trained.reference is not None
+        trained.reference.get_output_embeddings().weight.data.fill_(value)  # type: ignore[operator]
+    trained.begin_update(rollout, [0.0] * 8)
+    assert trained.current is not None
+    note = trained.current.extra["objective/kl_diagnosis"]
+    share = {"policy": "the policy's in 1 of 8", "reference": "the reference's in 8 of 8"}[whose]
+    assert note.startswith(
+        f"objective/kl is no finite number, for log-probabilities are not finite ({share} responses)"
+    )
+    assert "too large for the precision" in note and "chance" not in note
+
+
 def test_a_rollout_of_another_temperature_than_the_updates_is_refused() -> None:
     trained = trainer()
     with pytest.raises(InputError, match="temperature=0.5 is not the trainer's, 1, with which the update goes on"):

@@ -1,4 +1,4 @@
-"""Why the KL to the reference comes out negative, which no divergence can be, and what to change."""
+"""Why the KL to the reference comes out negative, which no divergence can be, or not finite, and what to change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DIFFERENT = 0.02
 def diagnose_negative_kl(
     policy: nn.Module, experience: Experience, sampling: Sampling, padding: Padding | None = None
 ) -> str | None:
-    """The likeliest cause of a negative ``objective/kl``, with its remedy; None where it is not negative.
+    """The likeliest cause of a negative ``objective/kl``, or one that is no number, with its remedy; else None.
 
     The estimate Σ(logp - ref_logp) is right on average only for responses that the policy itself sampled with these
     log-probabilities. For such responses the mean of -logp equals the mean entropy, and a second pass gives the same
@@ -37,6 +37,8 @@ def diagnose_negative_kl(
     """
     difference = (experience.logprobs - experience.ref_logprobs).sum(1)
     mean, error = _mean_and_error(difference)
+    if not math.isfinite(mean):
+        return _not_finite(experience)
     if mean > -NEGLIGIBLE or mean > -SUSPICIOUS * error:
         return None
     said = f"objective/kl is {mean:.3f} ± {error:.3f}, and a divergence is never negative: "
@@ -63,6 +65,18 @@ def diagnose_negative_kl(
     return said + (
         "the responses are the policy's own, so this is chance in a batch with few responses: raise batch_size, or let "
         "k3 (never negative) be the penalty and the controller's estimate"
+    )
+
+
+def _not_finite(experience: Experience) -> str:
+    """Whose log-probabilities are no numbers, and why that may be."""
+    known = {"policy": experience.logprobs, "reference": experience.ref_logprobs}
+    rows = {name: int((~values.isfinite()).any(1).sum()) for name, values in known.items()}
+    who = " and ".join(f"the {name}'s in {count} of {len(known[name])}" for name, count in rows.items() if count)
+    return (
+        f"objective/kl is no finite number, for log-probabilities are not finite ({who} responses): "
+        "weights are NaN or infinite, or too large for the precision; look at the model's files, lower learning_rate "
+        "where this began later, or use model_dtype='float32'"
     )
 
 
