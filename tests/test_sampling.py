@@ -64,6 +64,17 @@ class Sizes(TorchDispatchMode):
         return made
 
 
+def test_log_probabilities_of_logits_in_halves_are_read_in_parts_and_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits, tokens = torch.randn(20, 5000).bfloat16(), torch.randint(5000, (20,))
+    whole = token_logprobs(logits.float(), tokens)
+    monkeypatch.setitem(AT_ONCE, "cpu", 3 * 5000)
+    with Sizes() as sizes:
+        found = token_logprobs(logits, tokens)
+    assert sizes.most == 3 * 5000 and torch.equal(found, whole)
+
+
 @pytest.mark.parametrize("kind", (torch.bfloat16, torch.float16))
 def test_of_logits_in_halves_only_parts_are_in_fp32_and_sums_lose_nothing(
     kind: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo.packing import attending, packs
 from rlhf_ppo.ppo.sequences import Sequences
-from rlhf_ppo.ppo.tensors import logprob_and_entropy
+from rlhf_ppo.ppo.tensors import logprob_and_entropy, tempered
 
 
 class ValueHead(nn.Module):
@@ -137,9 +137,7 @@ class PolicyWithValueHead(nn.Module):
     def forward(self, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies, each (n,) in fp32, of the response tokens of ``sequences``."""
         logits, hidden = response_logits(self.pretrained_model, sequences)
-        if temperature != 1.0:
-            logits = logits / temperature
-        logprobs, entropy = logprob_and_entropy(logits, sequences.tokens)
+        logprobs, entropy = logprob_and_entropy(tempered(logits, temperature), sequences.tokens)
         return logprobs, self.v_head(hidden) if self.critic is None else self.critic_values(sequences), entropy
 
     def critic_values(self, sequences: Sequences) -> Tensor:

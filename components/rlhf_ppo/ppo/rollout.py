@@ -14,10 +14,12 @@ from rlhf_ppo.ppo.llama import Llama, written_out
 from rlhf_ppo.ppo.models import PolicyWithValueHead, decoder_start, device_of, evaluating, response_logits
 from rlhf_ppo.ppo.packing import packs
 from rlhf_ppo.ppo.sequences import Padding, Sequences
-from rlhf_ppo.ppo.tensors import logprob_and_entropy, softmax_of, token_logprobs
+from rlhf_ppo.ppo.tensors import logprob_and_entropy, softmax_of, tempered, token_logprobs
 
 SCORING_TOKENS = 1024
 """Padded tokens in one forward pass without gradients: bounds the memory of its logits."""
+SCORING_TOKENS_ON_CUDA = 4096
+"""The same on an NVIDIA GPU, which would wait for the host with fewer, and reads logits a part at a time."""
 
 LOGITS = 3 << 20
 """Logits that are computed at once, on a CPU: more than fit its cache are slower, and so is fresh memory."""
@@ -66,12 +68,13 @@ def _batches(
     With static shapes all batches have as many rows; the first row fills the last batch up, and counts once.
     """
     lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
-    size = 1
+    size, device = 1, device_of(model)
+    tokens = SCORING_TOKENS_ON_CUDA if device.type == "cuda" else SCORING_TOKENS
     if padding is not None:
         lengths = [padding.total] * len(lengths)
-        size = min(max(SCORING_TOKENS // padding.total, 1), len(lengths))
-    start, device = decoder_start(model), device_of(model)
-    for rows in batches_by_length(lengths, SCORING_TOKENS):
+        size = min(max(tokens // padding.total, 1), len(lengths))
+    start = decoder_start(model)
+    for rows in batches_by_length(lengths, tokens):
         whole = rows + rows[:1] * (size - len(rows))
         of_batch = [queries[row] for row in whole], [responses[row] for row in whole]
         sequences = Sequences.of(*of_batch, padding, start, packed)
@@ -145,7 +148,7 @@ def response_logprobs(
                 )
             else:
                 logits, _ = response_logits(model, sequences)
-                logprobs = token_logprobs(logits / temperature, sequences.tokens)
+                logprobs = token_logprobs(tempered(logits, temperature), sequences.tokens)
             # A captured graph writes its next answer to the same place.
             found.place(rows, logprobs.clone())
     return found.found
@@ -211,7 +214,7 @@ def response_entropies(
                 logp, entropy = (torch.cat(some) for some in zip(*each, strict=True))
             else:
                 logits, _ = response_logits(model, sequences)
-                logp, entropy = logprob_and_entropy(logits / temperature, sequences.tokens)
+                logp, entropy = logprob_and_entropy(tempered(logits, temperature), sequences.tokens)
             logprobs.place(rows, logp)
             entropies.place(rows, entropy)
     return logprobs.found, entropies.found
@@ -239,5 +242,5 @@ def response_full_kl(
             logits, _ = response_logits(policy, sequences)
             with reference() as model:
                 ref_logits, _ = response_logits(model, sequences)
-            found.place(rows, full_kl(logits / temperature, ref_logits / temperature))
+            found.place(rows, full_kl(tempered(logits, temperature), tempered(ref_logits, temperature)))
     return found.found

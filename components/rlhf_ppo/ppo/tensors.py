@@ -160,6 +160,18 @@ def logprob_and_entropy(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of each of ``tokens`` (n,) under ``logits`` (n, vocabulary), in fp32."""
-    logits = logits.float()
-    return logits.gather(-1, tokens[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
+    """Log-probability of each of ``tokens`` (n,) under ``logits`` (n, vocabulary), in fp32.
+
+    Off the CPU, and of logits in bf16 or fp16, only some at a time (``AT_ONCE``) are in fp32.
+    """
+    whole = logits.device.type == "cpu" and logits.dtype not in HALVES
+    rows = logits.shape[0] if whole else _rows_at_once(logits)
+    if logits.shape[0] <= rows:
+        logits = logits.float()
+        return logits.gather(-1, tokens[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
+    return torch.cat([token_logprobs(*part) for part in zip(logits.split(rows), tokens.split(rows), strict=True)])
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """``logits`` over ``temperature``; the same tensor for 1, for a copy of them is large."""
+    return logits if temperature == 1.0 else logits / temperature
