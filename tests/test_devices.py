@@ -235,6 +235,7 @@ def test_an_optimum_habana_that_does_not_fit_is_named(monkeypatch: pytest.Monkey
     [
         ("hpu", {}, None, "bf16"),
         ("hpu", {"mixed_precision": "no"}, None, "no"),
+        ("hpu", {"mixed_precision": None}, None, "bf16"),
         ("hpu", {}, "no", "no"),
         ("cpu", {}, None, "no"),
         ("cpu", {"mixed_precision": "bf16"}, None, "bf16"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlhf_ppo.config import PPOConfig
 from rlhf_ppo.errors import InputError
 from rlhf_ppo.ppo import PolicyWithValueHead, PPOTrainer, Prompt, Sampling, generation, train
+from rlhf_ppo.ppo import rollout as rollout_module
 from rlhf_ppo.ppo.experience import Update
 from rlhf_ppo.ppo.loop import batch_rows
 from rlhf_ppo.ppo.models import decoder_start, response_logits
@@ -454,6 +455,16 @@ def test_every_pass_over_the_prompts_has_its_own_order_and_uses_each_once() -> N
 def test_too_few_prompts_are_refused_before_anything_is_sampled() -> None:
     with pytest.raises(InputError, match="batch_size=8.*but there are 7"):
         train(trainer(), prompts(7), wants_high_tokens)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("cpu", [51, 51, 51, 51, 46]), ("cuda", [204, 46])])
+def test_a_gpu_scores_four_times_the_tokens_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, kind: str, rows: list[int]
+) -> None:
+    monkeypatch.setattr(rollout_module, "device_of", lambda model: torch.device(kind))
+    monkeypatch.setattr(Sequences, "to", lambda self, device: self)
+    asked = [torch.arange(3, 13)] * 250
+    assert [len(batch) for batch, _ in rollout_module._batches(asked, asked, None, llama(), True)] == rows
 
 
 def test_rows_are_batched_by_length_within_the_budget() -> None:

@@ -56,7 +56,7 @@ def precision_of(config: PPOConfig, device: Device) -> str:
     reads it, or else the device's own.
     """
     own = os.environ.get("ACCELERATE_MIXED_PRECISION", device.precision)
-    return str(config.accelerator_kwargs.get("mixed_precision", own))
+    return str(config.accelerator_kwargs.get("mixed_precision") or own)
 
 
 class Adam(torch.optim.Optimizer):
